@@ -1,7 +1,91 @@
-# make build PYTHON=/path/to/python   builds python/vidtok/_C.<soabi>.so in place
+# make demo    a real video through a video-language model, reduced and unreduced, with times
+# make test    the tests
+# make check   the rest: style, instruction sets, transformers versions, sanitizers, packaging, docs, examples
+# make bench   every benchmark, then the CSV, the README table and the plots
+# make build   the extension in place, python/vidtok/_C.*.so; PYTHON=... takes another interpreter than .venv's
+#
+# Each makes .venv first, from constraints/dev.txt, with BASE_PYTHON (3.10 to 3.13).
 SHELL := /bin/bash
-PYTHON ?= python3
+BASE_PYTHON ?= python3
+PYTHON ?= .venv/bin/python
+# Tests share few cores: one process per core, each with one thread. An empty PYTEST_WORKERS runs them in one process.
+CORES := $(shell nproc 2>/dev/null || echo 1)
+PYTEST_WORKERS ?= $(shell n=$(CORES); echo $$((n < 4 ? n : 4)))
+PYTEST := $(PYTHON) -m pytest -q
+PARALLEL := $(if $(PYTEST_WORKERS),-n $(PYTEST_WORKERS) --dist worksteal)
+RUN := PYTHONPATH=python
+TIMED := @scripts/timed
+HF_OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+export PYTHONDONTWRITEBYTECODE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: build
-build:
+CHECKS := lint isa transformers-4.57.6 transformers-5.17.0 asan tsan packaging docs examples bench-smoke slow
+
+.PHONY: help venv build install demo test check bench clean $(addprefix check-,$(CHECKS))
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' Makefile | head -5; echo "checks: $(CHECKS:%=check-%)"
+
+venv:
+ifeq ($(PYTHON),.venv/bin/python)
+	@scripts/venv .venv $(BASE_PYTHON)
+endif
+
+build: venv
 	$(PYTHON) setup.py -q build_ext --inplace
+
+install: venv
+ifeq ($(PYTHON),.venv/bin/python)
+	@$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+else
+	@$(PYTHON) setup.py -q build_ext --inplace
+endif
+
+demo: install
+	$(RUN) $(PYTHON) -m vidtok demo $(DEMO_ARGS)
+
+test:
+	$(TIMED) test 15 $(MAKE) --no-print-directory _test
+
+_test: install
+	$(HF_OFFLINE) $(if $(PYTEST_WORKERS),OMP_NUM_THREADS=1) $(PYTEST) $(PARALLEL) -m "not slow and not packaging" --durations=10 $(TEST_ARGS)
+
+check: install
+	@$(MAKE) -k --no-print-directory $(addprefix check-,$(CHECKS))
+
+check-lint: venv
+	$(TIMED) lint 2 scripts/lint $(PYTHON)
+
+check-isa: install
+	$(TIMED) isa 6 env $(HF_OFFLINE) scripts/each_isa $(PYTHON) tests/ops
+
+check-transformers-%: install
+	$(TIMED) transformers-$* 4 env $(HF_OFFLINE) scripts/with_transformers $* $(PYTHON) tests/models
+
+check-asan: venv
+	$(TIMED) asan 5 scripts/asan $(PYTHON) tests/ops
+
+check-tsan: venv
+	$(TIMED) tsan 2 scripts/tsan $(PYTHON)
+
+check-packaging: install
+	$(TIMED) packaging 8 $(PYTEST) -m packaging tests/packaging
+
+check-docs: install
+	$(TIMED) docs 2 env $(HF_OFFLINE) scripts/docs $(PYTHON)
+
+check-examples: install
+	$(TIMED) examples 3 env $(HF_OFFLINE) $(PYTEST) tests/examples
+
+check-bench-smoke: install
+	$(TIMED) bench-smoke 3 scripts/bench_smoke $(PYTHON)
+
+check-slow: install
+	$(TIMED) slow 6 env $(HF_OFFLINE) $(PYTEST) -m "slow and not packaging" tests
+
+bench: install
+	$(PYTHON) -m bench
+
+clean:
+	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache python/*.egg-info python/vidtok/_C.*.so
