@@ -1,0 +1,75 @@
+"""Every third-party import of the package is a declared dependency, or optional and guarded."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+MODULE = {"pillow": "PIL", "flash-attn": "flash_attn"}
+
+
+def modules(requirements: list[str]) -> set[str]:
+    names = {re.split(r"[<>=!~;\[ ]", r, maxsplit=1)[0].lower() for r in requirements}
+    return {MODULE.get(n, n.replace("-", "_")) for n in names}
+
+
+CORE = modules(PROJECT["dependencies"])
+EXTRA = {m for group in PROJECT["optional-dependencies"].values() for m in modules(group)} - {"vidtok"}
+# What the demo and doctor look for and do without.
+LOOKED_FOR = {"skvideo", "psutil"}
+
+
+def imports(node: ast.AST, guarded: bool = False) -> list[tuple[str, bool]]:
+    """(module, whether inside a try or a function) of every absolute import under ``node``."""
+    found: list[tuple[str, bool]] = []
+    for child in ast.iter_child_nodes(node):
+        inside = guarded or isinstance(child, ast.Try | ast.FunctionDef | ast.AsyncFunctionDef)
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.Import):
+            found += [(alias.name.split(".")[0], inside) for alias in child.names]
+        elif isinstance(child, ast.ImportFrom) and not child.level and child.module:
+            found.append((child.module.split(".")[0], inside))
+        found += imports(child, inside)
+    return found
+
+
+def test_imports_are_declared() -> None:
+    wrong = []
+    for file in sorted((ROOT / "python/vidtok").rglob("*.py")):
+        for module, guarded in imports(ast.parse(file.read_text(encoding="utf-8"))):
+            if module in sys.stdlib_module_names or module == "vidtok" or module in CORE:
+                continue
+            if module in EXTRA | LOOKED_FOR and guarded:
+                continue
+            wrong.append(f"{file.relative_to(ROOT)}: {module}")
+    assert wrong == []
+
+
+def test_core_dependencies_are_used() -> None:
+    seen = {
+        module
+        for file in (ROOT / "python/vidtok").rglob("*.py")
+        for module, _ in imports(ast.parse(file.read_text(encoding="utf-8")))
+    }
+    assert CORE - seen == set()
+
+
+def test_extras_exist() -> None:
+    assert set(PROJECT["optional-dependencies"]) >= {"video", "train", "eval", "gpu", "flash"}
+
+
+def test_every_requirement_is_pinned() -> None:
+    pinned = modules((ROOT / "constraints/dev.txt").read_text(encoding="utf-8").splitlines())
+    lines = (ROOT / "requirements/dev.txt").read_text(encoding="utf-8").splitlines()
+    wanted = modules([line for line in lines if line and not line.startswith("#")])
+    assert wanted - pinned == set()
