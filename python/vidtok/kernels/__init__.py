@@ -1,0 +1,1 @@
+"""Backends behind the operators, and the choice among them."""
