@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -23,7 +24,8 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import vidtok
     from vidtok import ops, Plan
-    plan = Plan.gather(torch.tensor([2, 0], dtype=torch.int32).sort().values, torch.tensor([0, 3]), torch.tensor([0, 2]))
+    index, whole, kept = (torch.tensor(v, dtype=torch.int32) for v in ([0, 2], [0, 3], [0, 2]))
+    plan = Plan.gather(index, whole, kept, 3)
     rows = ops.plan_apply(plan, torch.arange(6.0).view(3, 2))
 print(rows.tolist())
 for w in caught:
@@ -33,8 +35,6 @@ for w in caught:
 
 
 def python(code: str, **env: str) -> str:
-    import os
-
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
     assert done.returncode == 0, done.stderr
     return done.stdout
