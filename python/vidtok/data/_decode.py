@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO, Protocol
 
 BACKENDS = ("auto", "decord", "pyav")
@@ -71,7 +71,8 @@ def check_file(path: str) -> None:
 
 def _check_iso(file: BinaryIO, size: int, name: str) -> None:
     """Every top-level box of an MP4 or MOV file must end inside the file, and one must be ``moov``."""
-    position, kinds = 0, set()
+    position = 0
+    kinds: set[bytes] = set()
     while position + 8 <= size and len(kinds) < 64:
         file.seek(position)
         header = file.read(16)
@@ -120,9 +121,7 @@ class DecordBackend:
             raise VideoError(f"expected a video with frames, got {shown(path)} with no video frames")
         # Taken in slices: decord builds a Python list inside.
         slices = range(0, self.num_frames, 65536)
-        stamps = [
-            self._reader.get_frame_timestamp(np.arange(a, min(a + 65536, self.num_frames)))[:, 0] for a in slices
-        ]
+        stamps = [self._reader.get_frame_timestamp(np.arange(a, min(a + 65536, self.num_frames)))[:, 0] for a in slices]
         self.timestamps = np.concatenate(stamps).astype(np.float64)
         self.fps = float(self._reader.get_avg_fps())
         self.height, self.width = (int(v) for v in self._reader[0].shape[:2])
@@ -220,7 +219,11 @@ class AVBackend:
 
         out = np.empty((len(indices), self.height, self.width, 3), dtype=np.uint8)
         for row, index in enumerate(indices):
-            frame = self._frame(index)
+            try:
+                frame = self._frame(index)
+            except self._av.FFmpegError as error:
+                text = f"expected frame {index} of {self.num_frames} in {shown(self._path)}"
+                raise VideoError(f"{text}, got {type(error).__name__} from the decoder") from None
             if frame.shape != out.shape[1:]:
                 raise VideoError(
                     f"expected frames of one size, {self.width} x {self.height}, in {shown(self._path)}, "
@@ -241,7 +244,7 @@ def _is_cover(av: Any, stream: Any) -> bool:
         return False
 
 
-_MAKERS = {"decord": DecordBackend, "pyav": AVBackend}
+_MAKERS: dict[str, Callable[[str, int], Backend]] = {"decord": DecordBackend, "pyav": AVBackend}
 
 
 def open_backend(path: str, backend: str, num_threads: int, limits: dict[str, float]) -> Backend:
@@ -257,7 +260,7 @@ def open_backend(path: str, backend: str, num_threads: int, limits: dict[str, fl
     absent, reason = [], None
     for name in ("decord", "pyav") if backend == "auto" else (backend,):
         try:
-            reader: Backend = _MAKERS[name](path, num_threads)
+            reader = _MAKERS[name](path, num_threads)
         except ImportError:
             absent.append(name)
             continue
@@ -329,7 +332,9 @@ def serve(requests: Iterable[bytes], out: BinaryIO) -> None:
             _send(out, {"error": str(error)})
         except Exception as error:
             name, kind = shown(options["path"]), type(error).__name__
-            _send(out, {"error": f"expected frames {indices[0]} to {indices[-1]} of {name}, got {kind} from the decoder"})
+            _send(
+                out, {"error": f"expected frames {indices[0]} to {indices[-1]} of {name}, got {kind} from the decoder"}
+            )
         else:
             _send(out, {"count": len(indices)}, memoryview(frames).cast("B"))
 

@@ -93,9 +93,7 @@ def fps(timestamps: Sequence[float], rate: float, max_count: int | None = None) 
     return taken
 
 
-def select(
-    rule: str, timestamps: Sequence[float], *, count: int | None = None, rate: float | None = None
-) -> list[int]:
+def select(rule: str, timestamps: Sequence[float], *, count: int | None = None, rate: float | None = None) -> list[int]:
     """Frame indices by the rule named ``linspace``, ``segment_centre`` or ``fps``.
 
     ``count`` frames are taken (never more than there are; with ``fps`` it is an upper bound) and

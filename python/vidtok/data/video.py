@@ -52,7 +52,7 @@ class Frames(NamedTuple):
     """One chunk: uint8 ``[n, 3, H, W]`` frames, their numbers, and their times in seconds."""
 
     frames: Tensor
-    index: list[int]
+    numbers: list[int]
     timestamps: list[float]
 
 
@@ -86,8 +86,8 @@ class _Isolated:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._fd, selectors.EVENT_READ)
         try:
-            options = dict(path=os.path.abspath(path), backend=backend, num_threads=num_threads, limits=asdict(limits))
-            facts = self._ask(options)
+            options = {"path": os.path.abspath(path), "backend": backend, "num_threads": num_threads}
+            facts = self._ask({**options, "limits": asdict(limits)})
             self.name, self.num_frames = str(facts["name"]), int(facts["num_frames"])
             self.fps, self.width, self.height = float(facts["fps"]), int(facts["width"]), int(facts["height"])
             if not (0 < self.num_frames <= limits.frames and 0 < self.width * self.height <= limits.pixels):
@@ -203,22 +203,21 @@ class VideoReader:
         self._fallback = backend == "auto"
         self._reader: Any = None
         try:
-            self._open(backend)
+            self._reader = self._open(backend)
         except _Crash:
             if not self._fallback:
                 raise
-            self._open("pyav")
+            self._reader = self._open("pyav")
         self.num_frames: int = self._reader.num_frames
         self.width: int = self._reader.width
         self.height: int = self._reader.height
         self.fps: float = self._reader.fps
         self.timestamps: np.ndarray = self._reader.timestamps
 
-    def _open(self, backend: str) -> None:
+    def _open(self, backend: str) -> Any:
         if self._isolate:
-            self._reader = _Isolated(str(self.path), backend, self._num_threads, self._limits)
-        else:
-            self._reader = _decode.open_backend(str(self.path), backend, self._num_threads, asdict(self._limits))
+            return _Isolated(str(self.path), backend, self._num_threads, self._limits)
+        return _decode.open_backend(str(self.path), backend, self._num_threads, asdict(self._limits))
 
     @property
     def backend(self) -> str:
@@ -239,7 +238,7 @@ class VideoReader:
                 before = (self.num_frames, self.width, self.height)
                 self._reader.close()
                 with contextlib.suppress(VideoError):
-                    self._open("pyav")
+                    self._reader = self._open("pyav")
                     if (self._reader.num_frames, self._reader.width, self._reader.height) == before:
                         return self._reader.read(indices)
             if isinstance(error, VideoError):
@@ -247,9 +246,7 @@ class VideoReader:
             text = f"expected frames {indices[0]} to {indices[-1]} of {_decode.shown(str(self.path))}"
             raise VideoError(f"{text}, got {type(error).__name__} from the decoder") from None
 
-    def read(
-        self, indices: Sequence[int], *, chunk: int = 16, size: tuple[int, int] | None = None
-    ) -> Iterator[Frames]:
+    def read(self, indices: Sequence[int], *, chunk: int = 16, size: tuple[int, int] | None = None) -> Iterator[Frames]:
         """Decode the frames ``indices`` a chunk at a time, resized as they come.
 
         Args:
@@ -361,8 +358,8 @@ def load_video(
         frames = torch.empty(len(index), 3, height, width, dtype=torch.uint8)
         done = 0
         for part in video.read(index, chunk=chunk, size=target):
-            frames[done : done + len(part.index)] = part.frames
-            done += len(part.index)
+            frames[done : done + len(part.numbers)] = part.frames
+            done += len(part.numbers)
             if progress is not None:
                 progress(done, len(index))
         return Video(
