@@ -393,7 +393,7 @@ class Plan:
         here = index >= 0
         anchor = torch.where(here, position[index.clamp(min=0)], -1) if position.numel() else index
         member = offset = weight = None
-        if not self.is_gather:
+        if not self.is_gather and self.num_out:
             source = torch.where(here, source[index.clamp(min=0)], -1) if source.numel() else index
             visual = source >= 0
             size = torch.where(visual, self.offset.diff().long()[source.clamp(min=0)], here.long())

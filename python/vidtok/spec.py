@@ -5,7 +5,7 @@ Grammar (blanks between parts are ignored)::
     pipeline = stage { "+" stage }
     stage    = name [ ":" option { "," option } ]
     option   = key "=" value
-    value    = number | "true" | "false" | "[" numbers "]" | "(" numbers ")"
+    value    = number | word | "true" | "false" | "[" numbers "]" | "(" numbers ")"
 
 The keys of a stage are the options of the function of that name in :mod:`vidtok.methods`; every
 ``ratio`` is the share kept. ``images=true`` on any stage lets the whole pipeline act on images too.
@@ -35,6 +35,7 @@ _KINDS = {
     "int": "an integer",
     "float": "a number",
     "bool": "true or false",
+    "word": "a word",
     "pair": "a pair of integers such as (12,12)",
     "schedule": "an integer, a list of integers such as [8,8,4], or a pair such as (8,-1)",
 }
@@ -96,6 +97,8 @@ def _value(text: str, kind: str, part: str, spec: str) -> Any:
         if word not in ("true", "false"):
             _fail(spec, part, "true or false")
         return word == "true"
+    if kind == "word":
+        return _typed(word, kind, part, spec)
     if word[:1] and word[0] in "[(":
         inner = word[1:-1].strip()
         items = [_number(x, part, spec) for x in inner.split(",")] if inner else []
@@ -118,6 +121,8 @@ def _typed(value: Any, kind: str, part: str, spec: str) -> Any:
 
     if kind == "bool" and isinstance(value, bool):
         return value
+    if kind == "word" and isinstance(value, str) and _NAME.fullmatch(value):
+        return value
     if kind == "float" and is_number(value):
         return float(value)
     if kind in ("int", "schedule") and is_int(value):
@@ -134,8 +139,8 @@ def _typed(value: Any, kind: str, part: str, spec: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
+    if isinstance(value, bool | str):
+        return value if isinstance(value, str) else str(value).lower()
     if isinstance(value, list | tuple):
         inner = ",".join(map(_text, value))
         return f"[{inner}]" if isinstance(value, list) else f"({inner})"

@@ -6,14 +6,24 @@ Every video is decided by itself, so that a video in a batch gets the plan that 
 from __future__ import annotations
 
 from vidtok.methods._common import GridLike, Method, grids
+from vidtok.methods.dtd import METHOD as _dtd
+from vidtok.methods.dtd import dtd
+from vidtok.methods.evs import METHOD as _evs
+from vidtok.methods.evs import evs
+from vidtok.methods.pool import METHOD as _pool
+from vidtok.methods.pool import pool
+from vidtok.methods.prunevid import METHOD as _prunevid
+from vidtok.methods.prunevid import prunevid
 from vidtok.methods.random import METHOD as _random
 from vidtok.methods.random import random
+from vidtok.methods.tome import METHOD as _tome
+from vidtok.methods.tome import tome
 from vidtok.methods.uniform import METHOD as _uniform
 from vidtok.methods.uniform import uniform
 
-METHODS: dict[str, Method] = {m.name: m for m in (_uniform, _random)}
+METHODS: dict[str, Method] = {m.name: m for m in (_dtd, _evs, _pool, _prunevid, _random, _tome, _uniform)}
 
-__all__ = ["METHODS", "Method", "count", "random", "uniform"]
+__all__ = ["METHODS", "Method", "count", "dtd", "evs", "pool", "prunevid", "random", "tome", "uniform"]
 
 
 def count(name: str, grid_thw: GridLike, **options: object) -> list[int] | None:

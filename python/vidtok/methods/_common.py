@@ -28,8 +28,8 @@ class Method:
         run: ``run(features, grid_thw, **options) -> Plan``.
         check: raises ValueError or TypeError for options it refuses; called with every option.
         count: output tokens per video from its grid and the options, or None when features decide.
-        kinds: type of every option: ``int``, ``float``, ``bool``, ``pair`` (two ints) or ``schedule``
-            (an int, a list of ints, or a pair); the order is that of the canonical spec.
+        kinds: type of every option: ``int``, ``float``, ``bool``, ``word``, ``pair`` (two ints) or
+            ``schedule`` (an int, a list of ints, or a pair); the order is that of the canonical spec.
         defaults: value of every option that may be left out.
         needs_grid: whether tokens must lie on a (t, h, w) grid.
         out_grid: grid of the output, for methods that give a grid again.

@@ -78,6 +78,4 @@ def dtd(features: Tensor, grid_thw: GridLike, *, threshold: float, relative: boo
     return _common.gather(torch.nonzero(keep).squeeze(1), lengths, [c for c in counts if c is not None])
 
 
-METHOD = Method(
-    "dtd", dtd, check, count, {"threshold": "float", "relative": "bool"}, {"relative": False}
-)
+METHOD = Method("dtd", dtd, check, count, {"threshold": "float", "relative": "bool"}, {"relative": False})

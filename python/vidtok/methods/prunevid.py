@@ -18,9 +18,7 @@ from vidtok.plan import Plan
 KEPT_WHOLE = 14
 
 
-def check(
-    tau: float = 0.8, cluster_ratio: float = 0.5, temporal_segment_ratio: float = 0.25, k: int = 7
-) -> None:
+def check(tau: float = 0.8, cluster_ratio: float = 0.5, temporal_segment_ratio: float = 0.25, k: int = 7) -> None:
     """Refuse options outside their range."""
     _common.check_number("tau", tau, -1, 1)
     _common.check_ratio("cluster_ratio", cluster_ratio)
@@ -127,7 +125,9 @@ def _temporal(
     dynamic = torch.ones(num_in, dtype=torch.bool, device=device)
     dynamic[member] = False
     rest = torch.nonzero(dynamic).squeeze(1)
-    groups = torch.cat([torch.bincount(own, minlength=len(windows)), torch.bincount(frame[rest], minlength=len(frames))])
+    groups = torch.cat(
+        [torch.bincount(own, minlength=len(windows)), torch.bincount(frame[rest], minlength=len(frames))]
+    )
     offset = torch.zeros(index.shape[0] + rest.shape[0] + 1, dtype=torch.int32, device=device)
     offset[1:] = torch.cat([copies, torch.ones_like(rest)]).cumsum(0)
     share = torch.repeat_interleave(1.0 / copies.float(), copies, output_size=total)
