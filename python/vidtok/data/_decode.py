@@ -130,7 +130,7 @@ class DecordBackend:
         return self._reader.get_batch(list(indices)).asnumpy()
 
     def close(self) -> None:
-        del self._reader
+        self._reader = None
 
 
 class AVBackend:
