@@ -97,8 +97,8 @@ class CMakeBuild(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         for ext in self.extensions:
-            in_source, _ = self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext)
-            install(Path(self.get_ext_fullpath(ext.name)), ROOT / in_source)
+            in_source, built = self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext)
+            install(Path(built), ROOT / in_source)
 
     def build_extension(self, ext: Extension) -> None:
         compiler = find_program("c++", "g++", "clang++", env="CXX")
