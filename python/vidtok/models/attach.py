@@ -1,0 +1,148 @@
+"""One call that puts token reduction into a model, and takes it out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vidtok import _check
+from vidtok.models import families
+from vidtok.models.report import Report
+from vidtok.models.visual import VisualHook
+
+_POSITIONS = ("keep", "renumber")
+
+
+def _inert(*args: Any, **kwargs: Any) -> None:
+    """What a hook becomes in a copied or pickled model."""
+
+
+def _make_inert() -> Any:
+    return _inert
+
+
+class _Hook:
+    """A forward hook that stays with its module: copies and pickles of the module get an inert one."""
+
+    def __init__(self, place: str, run: Any) -> None:
+        self.place, self.run = place, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _inert
+
+    def __reduce__(self) -> Any:
+        return _make_inert, ()
+
+
+class Handle:
+    """An attachment: ``restore()`` takes it out; also a context manager."""
+
+    def __init__(self, hook: VisualHook, handles: list[Any], spec: str) -> None:
+        self._hook, self._handles, self.spec = hook, handles, spec
+
+    @property
+    def active(self) -> bool:
+        """Whether the attachment is in place."""
+        return self._hook.active
+
+    def restore(self) -> None:
+        """Take the attachment out; the model is as before. A second call does nothing."""
+        self._hook.active = False
+        while self._handles:
+            self._handles.pop().remove()
+
+    def report(self) -> Report:
+        """What the last prefill did; empty before the first."""
+        record = self._hook.last
+        return Report() if record is None else record.report()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        return f"<vidtok attachment visual={self.spec!r}{'' if self.active else ', restored'}>"
+
+
+def attach(
+    model: nn.Module,
+    *,
+    vision: Any = None,
+    visual: Any = None,
+    decoder: Any = None,
+    position: str = "keep",
+) -> Handle:
+    r"""Reduce the visual tokens of a Hugging Face video-language model.
+
+    At the input of the language model each video's tokens :math:`x` become :math:`P x` with the plan
+    :math:`P` that ``visual`` decides from them; positions, attention mask, labels, deepstack features
+    and the cache follow. Text tokens, weights and the model's class stay as they are.
+
+    Args:
+        model: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model (or its base model), bare or wrapped.
+        visual: a spec such as ``"prunevid:tau=0.8"``, or a callable ``(features [N, C], grid_thw
+            [V, 3]) -> Plan`` with one sequence per video; images stay whole unless it has a true
+            attribute ``images``.
+        vision: reductions inside the vision tower; not available in this version.
+        decoder: reductions inside the language model; not available in this version.
+        position: ``"keep"`` leaves every kept token its M-RoPE coordinates and text its positions;
+            ``"renumber"`` counts the tokens that remain, decoded ones too.
+
+    Returns:
+        A handle with ``restore()`` and ``report()``, which is also a context manager.
+
+    Raises:
+        ValueError: unsupported model class or wrapper, a spec that does not parse, a second
+            attachment at the same place.
+
+    Example:
+        >>> with vidtok.attach(model, visual="uniform:ratio=0.5") as handle:  # doctest: +SKIP
+        ...     model.generate(**inputs)
+        ...     print(handle.report())
+    """
+    if vision is not None:
+        raise ValueError("expected vision=None, got a spec: reductions in the vision tower are not available in this version")
+    if decoder is not None:
+        raise ValueError("expected decoder=None, got a spec: reductions inside the decoder are not available in this version")
+    if position not in _POSITIONS:
+        _check.fail(f"position to be one of {', '.join(map(repr, _POSITIONS))}", repr(position))
+    if visual is None:
+        raise ValueError("expected visual= to name a method such as 'uniform:ratio=0.5', got nothing to attach")
+    places = families.locate(model)
+    method = _method(visual)
+    if any(isinstance(h, _Hook) and h.place == "visual" for h in places.language_model._forward_pre_hooks.values()):
+        raise ValueError("expected a model without attachment at the language-model input, got one; restore() it first")
+    hook = VisualHook(places, method, position)
+
+    def before(module: nn.Module, run: Any) -> Any:
+        return module.register_forward_pre_hook(_Hook("visual", run), with_kwargs=True)
+
+    def after(module: nn.Module, run: Any, always: bool = False) -> Any:
+        return module.register_forward_hook(_Hook("visual", run), with_kwargs=True, always_call=always)
+
+    handles = []
+    if places.outer is not None:
+        handles += [before(places.outer, hook.outer_pre), after(places.outer, hook.post, True)]
+    handles += [
+        before(places.base, hook.base_pre),
+        after(places.base, hook.post, True),
+        before(places.vision, hook.vision_pre),
+        after(places.vision, hook.vision_post),
+        before(places.language_model, hook.language_pre),
+        after(places.language_model, hook.language_post),
+    ]
+    return Handle(hook, handles, str(method))
+
+
+def _method(visual: Any) -> Any:
+    if callable(visual) and not isinstance(visual, str):
+        return visual
+    from vidtok import spec
+
+    return spec.resolve(visual)

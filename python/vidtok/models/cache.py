@@ -1,0 +1,176 @@
+"""Key/value caches that know two lengths.
+
+After a reduction the cache holds fewer tokens than the caller fed. What generation code asks,
+``get_seq_length()``, stays *logical* (tokens fed), so that slicing of inputs and positions go on as
+without reduction; what attention masks are sized by stays *physical* (tokens held).
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vidtok.models.report import Record
+
+_STATE = "_vidtok"
+
+
+class State:
+    """What a cache has to know about the reductions that filled it.
+
+    Args:
+        mask: bool ``[B, W]``, True for columns that hold a real token; ``W`` is the physical length,
+            or the capacity of a static cache. None when nothing was reduced.
+        dropped: columns that the caller fed and the cache does not hold.
+        length: physical columns filled, for caches that count on the device.
+        floor: physical length below which columns no longer stand for one fed token each.
+        owner: the attachment that knows how to read this cache.
+        record: where decoding time is added.
+    """
+
+    __slots__ = ("dropped", "floor", "length", "mask", "owner", "record")
+
+    def __init__(
+        self, mask: Tensor | None, dropped: int, length: int, floor: int, owner: Any, record: Record | None
+    ) -> None:
+        self.mask, self.dropped, self.length, self.floor = mask, dropped, length, floor
+        self.owner = owner if isinstance(owner, weakref.ref) else weakref.ref(owner)
+        self.record = record
+
+    def __deepcopy__(self, memo: Any) -> State:
+        mask = None if self.mask is None else self.mask.clone()
+        return State(mask, self.dropped, self.length, self.floor, self.owner, self.record)
+
+    def __reduce__(self) -> Any:
+        raise ValueError("expected a cache of an unreduced prompt, got one that an attached model has to continue")
+
+    def select(self, index: Tensor) -> None:
+        """Reorder or repeat the rows."""
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, index.to(self.mask.device))
+
+
+def state_of(cache: Any) -> State | None:
+    """The state on a cache, None on a cache that no reduction has touched."""
+    return None if cache is None else cache.__dict__.get(_STATE)
+
+
+def is_static(cache: Any) -> bool:
+    """Whether the cache is a fixed buffer that may hold more columns than are filled."""
+    return bool(getattr(cache, "is_compileable", False))
+
+
+def capacity(cache: Any) -> int | None:
+    """Columns of a static cache's full-attention layers, None for a growing cache."""
+    if not is_static(cache):
+        return None
+    return max(layer.max_cache_len for layer in cache.layers)
+
+
+def physical_length(cache: Any) -> int:
+    """Columns that the cache holds."""
+    if cache is None:
+        return 0
+    state = state_of(cache)
+    if state is not None and state.mask is not None and is_static(cache):
+        return state.length
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            return int(layer.get_seq_length())
+    return 0
+
+
+def bind(cache: Any, state: State) -> None:
+    """Put ``state`` on a cache; a reduced one answers with its logical length from now on."""
+    if state.mask is not None and not isinstance(cache, TwoLengths):
+        cache.__class__ = _two_lengths(type(cache))
+    cache.__dict__[_STATE] = state
+
+
+class TwoLengths:
+    """Mixed into the class of a cache that holds a reduced prompt."""
+
+    def _state(self) -> State | None:
+        return self.__dict__.get(_STATE)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens that the caller fed."""
+        state = self._state()
+        return super().get_seq_length(layer_idx) + (0 if state is None else state.dropped)  # type: ignore[misc]
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Tokens that the cache holds."""
+        return super().get_seq_length(layer_idx)  # type: ignore[misc]
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
+        """Sizes of the mask over the tokens that the cache holds."""
+        state = self._state()
+        owner = None if state is None else state.owner()
+        if state is not None and (owner is None or not owner.active):
+            raise ValueError(
+                "expected a cache that this model filled, got one of a reduced prompt whose attachment was removed; "
+                "attach again before continuing, or start from an empty cache"
+            )
+        return super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
+
+    def crop(self, max_length: int) -> Any:
+        """Remove tokens from the end: ``-n`` of them, or all beyond the logical length ``max_length``."""
+        state = self._state()
+        if state is None or max_length == 0:
+            return super().crop(max_length)  # type: ignore[misc]
+        held = physical_length(self)
+        kept = max_length - state.dropped if max_length > 0 else held + max_length
+        if kept >= held:
+            return None
+        if kept < state.floor:
+            raise ValueError(
+                f"expected to keep at least {state.floor + state.dropped} tokens of a reduced prompt, "
+                f"got a crop to {kept + state.dropped}"
+            )
+        if state.mask is not None:
+            state.mask = state.mask[:, :kept]
+        return super().crop(kept - held)  # type: ignore[misc]
+
+    def reset(self) -> None:
+        """Empty the cache; what it knew about a reduction goes with the tokens."""
+        self.__dict__.pop(_STATE, None)
+        super().reset()  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        state = self._state()
+        if state is not None:
+            state.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        state = self._state()
+        if state is not None:
+            state.select(torch.as_tensor(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        state = self._state()
+        if state is not None and state.mask is not None:
+            state.mask = state.mask.repeat_interleave(repeats, dim=0)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self).__mro__[2],), dict(self.__dict__)
+
+
+def _rebuild(base: type) -> Any:
+    cls = _two_lengths(base)
+    return cls.__new__(cls)
+
+
+@lru_cache(maxsize=None)
+def _two_lengths(base: type) -> type:
+    return type(base.__name__, (TwoLengths, base), {"__module__": base.__module__, "__doc__": base.__doc__})

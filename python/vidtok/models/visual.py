@@ -1,0 +1,329 @@
+"""The language-model-input hook: visual tokens are reduced once, before the first decoder layer."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidtok import _check, ops
+from vidtok.models import cache as caches
+from vidtok.models import families
+from vidtok.models.cache import State
+from vidtok.models.families import Encoded, Places, Visual
+from vidtok.models.report import Record, Span
+from vidtok.plan import Plan
+
+
+class Call:
+    """One forward pass of a model in one thread."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+        self.begun = False
+        self.labels: Tensor | None = None
+        self.logits_to_keep: Any = 0
+        self.visual: Visual | None = None
+        self.media = False
+        self.encoded: list[Span] = []
+        self.vision: Span | None = None
+        self.state: State | None = None
+        self.record: Record | None = None
+        self.stage = ""
+        self.forward: Span | None = None
+
+
+class VisualHook:
+    """Hooks of one attachment; what belongs to a call lives in :class:`Call` or on the call's cache."""
+
+    def __init__(self, places: Places, method: Any, position: str) -> None:
+        self.method, self.position = method, position
+        self.images = bool(getattr(method, "images", False))
+        self.active = True
+        self.last: Record | None = None
+        self._calls = threading.local()
+
+    # ------------------------------------------------------------------ the call
+    def _call(self) -> Call | None:
+        return getattr(self._calls, "call", None)
+
+    def outer_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """On the model with the head: a new call; labels become a private copy that can be shortened."""
+        call = self._calls.call = Call(module)
+        arguments = families.named_arguments(module, args, kwargs)
+        call.logits_to_keep = arguments.get("logits_to_keep", 0)
+        labels = arguments.get("labels")
+        if labels is None:
+            return None
+        # The model hands this very tensor to its loss; the prefill shortens it in place, so every
+        # version computes its own loss with its own arguments.
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        call.labels = labels.clone() if device is None else labels.to(device, copy=True)
+        return (), {**arguments, "labels": call.labels}
+
+    def base_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """On the model without head: find the visual tokens."""
+        call = self._call()
+        if call is None or call.begun:
+            call = self._calls.call = Call(module)
+        call.begun = True
+        arguments = families.named_arguments(module, args, kwargs)
+        call.media = families.has_media(arguments)
+        if call.media:
+            call.encoded = families.encoded_spans(arguments)
+            call.visual = families.find_visual(module, arguments, self.images)
+
+    def post(self, module: nn.Module, *_: Any) -> None:
+        """End of the call that ``module`` began, also after an exception."""
+        call = self._call()
+        if call is not None and call.owner is module:
+            self._calls.call = None
+
+    # ------------------------------------------------------------------ the vision tower
+    def vision_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Start of the vision tower."""
+        pixels = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+        self._calls.vision = None if pixels is None else Span(pixels.device)
+
+    def vision_post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """End of the vision tower: its output carries grids and time to the prefill."""
+        span, self._calls.vision = getattr(self._calls, "vision", None), None
+        if span is not None:
+            span.stop()
+        grid = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
+        call = self._call()
+        if call is not None:
+            call.encoded = [*call.encoded, span] if span is not None else call.encoded
+        elif isinstance(grid, Tensor):
+            families.tag(output, Encoded(grid, span))
+
+    # ------------------------------------------------------------------ the language model
+    def language_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Reduce a prefill, or make a later pass fit the reduced cache."""
+        call = self._call()
+        arguments = families.named_arguments(module, args, kwargs)
+        cache = arguments.get("past_key_values")
+        state = caches.state_of(cache)
+        embeds = arguments.get("inputs_embeds")
+        if state is None and (call is None or not call.media):
+            return None
+        if embeds is None:
+            embeds = module.get_input_embeddings()(arguments["input_ids"])
+            arguments = {**arguments, "input_ids": None, "inputs_embeds": embeds}
+        if call is None:
+            call = Call(module)
+        if call.media:
+            changed = self._prefill(module, call, arguments, embeds, cache, state)
+        else:
+            changed = self._continue(call, arguments, embeds, cache, state)
+        call.forward = Span(embeds.device)
+        return None if changed is None else ((), changed)
+
+    def language_post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The cache learns what the pass put into it."""
+        call = self._call()
+        if call is None or call.record is None:
+            return
+        if call.forward is not None:
+            call.record.add(call.stage, call.forward.stop())
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = getattr(output, "past_key_values", None)
+        if call.state is not None and cache is not None:
+            caches.bind(cache, call.state)
+        if call.stage == "prefill":
+            self.last = call.record
+
+    def _prefill(
+        self, module: nn.Module, call: Call, arguments: dict[str, Any], embeds: Tensor, cache: Any, state: State | None
+    ) -> dict[str, Any] | None:
+        batch, length = embeds.shape[:2]
+        past = caches.physical_length(cache)
+        dropped = 0 if state is None else state.dropped
+        real = _real_columns(arguments.get("attention_mask"), batch, length, past, cache, embeds.device)
+        plan, decide = self._decide(embeds, call.visual)
+        rows = None
+        call.stage = "prefill"
+        record = call.record = Record([] if call.visual is None else call.visual.units, plan, None, real)
+        for span in call.encoded:
+            record.add("vision", span)
+        record.add("decide", decide)
+        reduces = plan is not None and not (plan.is_gather and plan.num_out == plan.num_in)
+        renumbers = self.position == "renumber" and call.visual is not None
+        if not reduces and not renumbers:
+            return self._continue(call, arguments, embeds, cache, state, record)
+        assert plan is not None and call.visual is not None
+        _refuse(arguments, call, cache, batch)
+        move = Span(embeds.device)
+        cu = torch.arange(batch + 1, dtype=torch.int32, device=embeds.device) * length
+        columns = call.visual.columns.to(embeds.device)
+        rows = plan.lift(columns, cu, real=real, dense=True)
+        record.rows = rows
+        valid = rows.valid().view(batch, -1)
+        width = valid.shape[1]
+        changed = dict(arguments)
+        changed["inputs_embeds"] = ops.plan_apply(rows, embeds)
+        changed["attention_mask"], mask = _mask(state, valid, past, cache)
+        changed["position_ids"] = self._positions(
+            arguments.get("position_ids"), rows, valid, mask, past, past + dropped, length
+        )
+        if arguments.get("visual_pos_masks") is not None:
+            self._deepstack(changed, plan, rows, columns, real)
+        if "cache_position" in changed:
+            changed["cache_position"] = torch.arange(past, past + width, device=embeds.device)
+        if call.labels is not None:
+            (labels,) = ops.position_remap(rows, call.labels.to(embeds.device), dim=-1, fill=-100)
+            # A padding column would predict the first real token, and only in rows that have one.
+            first = valid & ~torch.nn.functional.pad(valid[:, :-1], (1, 0))
+            labels = labels.masked_fill(first, -100)
+            call.labels.resize_(labels.shape).copy_(labels)
+        last = int(columns.max()) if columns.numel() == 1 else int((columns % length).max())
+        call.state = State(mask, dropped + length - width, past + width, past + width - (length - 1 - last), self, record)
+        record.add("move", move.stop())
+        return changed
+
+    def _continue(
+        self,
+        call: Call,
+        arguments: dict[str, Any],
+        embeds: Tensor,
+        cache: Any,
+        state: State | None,
+        record: Record | None = None,
+    ) -> dict[str, Any] | None:
+        """A pass that reduces nothing: untouched, unless its cache holds a reduced prompt."""
+        batch, length = embeds.shape[:2]
+        if state is None or state.mask is None:
+            call.record = record or (state.record if state is not None else None)
+            call.stage = "decode" if record is None else "prefill"
+            if record is not None:
+                call.state = State(None, 0, 0, 0, self, record)
+            return None
+        call.record, call.stage = record or state.record, "decode" if record is None else "prefill"
+        past = caches.physical_length(cache)
+        real = _real_columns(arguments.get("attention_mask"), batch, length, past, cache, embeds.device)
+        changed = dict(arguments)
+        changed["attention_mask"], mask = _mask(state, real, past, cache)
+        position = arguments.get("position_ids")
+        if self.position == "renumber":
+            changed["position_ids"] = _consecutive(mask[:, : past + length])[:, -length:].expand(
+                3 if position is None else position.shape[0], -1, -1
+            )
+        elif position is None:
+            start = past + state.dropped
+            ids = torch.arange(start, start + length, device=embeds.device)
+            changed["position_ids"] = ids.expand(3, batch, length)
+        if "cache_position" in changed:
+            changed["cache_position"] = torch.arange(past, past + length, device=embeds.device)
+        call.state = State(mask, state.dropped, past + length, state.floor, self, call.record)
+        return changed
+
+    # ------------------------------------------------------------------ steps of a prefill
+    @torch.no_grad()
+    def _decide(self, embeds: Tensor, visual: Visual | None) -> tuple[Plan | None, Span | None]:
+        if visual is None:
+            return None, None
+        span = Span(embeds.device)
+        columns = visual.columns.to(embeds.device)
+        features = embeds.detach().reshape(-1, embeds.shape[-1])[columns]
+        grids = torch.tensor([unit.grid_thw for unit in visual.units])
+        plan = self.method(features, grids)
+        if not isinstance(plan, Plan):
+            _check.fail("a method that returns a Plan", type(plan).__name__, TypeError)
+        if plan.num_in != features.shape[0] or plan.num_sequences != len(visual.units):
+            _check.fail(
+                f"a plan over {features.shape[0]} tokens in {len(visual.units)} sequences",
+                f"one over {plan.num_in} tokens in {plan.num_sequences}",
+            )
+        if plan.device != embeds.device:
+            plan = plan.to(embeds.device)
+        return plan, span.stop()
+
+    def _positions(
+        self, position: Tensor | None, rows: Plan, valid: Tensor, mask: Tensor, past: int, logical: int, length: int
+    ) -> Tensor:
+        batch, width = valid.shape
+        consecutive = _consecutive(mask[:, : past + width])[:, -width:]
+        if self.position == "renumber":
+            return consecutive.expand(3 if position is None or position.dim() == 2 else position.shape[0], -1, -1)
+        if position is None:
+            position = torch.arange(logical, logical + length, device=valid.device).expand(3, batch, length)
+        (kept,) = ops.position_remap(rows, position.expand(*position.shape[:-2], batch, length), dim=-1)
+        if kept.dim() == 3 and kept.shape[0] == 4:
+            # Row 0 only tells packed rows apart: gaps in it would be read as borders between sequences.
+            kept = torch.cat([consecutive[None], kept[1:]])
+        elif kept.dim() == 2:
+            kept = kept.expand(3, -1, -1)
+        return kept
+
+    @staticmethod
+    def _deepstack(changed: dict[str, Any], plan: Plan, rows: Plan, columns: Tensor, real: Tensor) -> None:
+        """Deepstack rows are the visual tokens in packed order: the same plan, counted in them."""
+        visual = changed["visual_pos_masks"]
+        flat = visual.reshape(-1)
+        rank = flat.long().cumsum(0) - 1
+        count = torch.tensor([0, int(rank[-1]) + 1], dtype=torch.int32, device=columns.device)
+        inner = Plan(
+            count, torch.zeros_like(count), plan.anchor, plan.csr_member, plan.csr_offset, plan.csr_weight, plan.num_in
+        ).lift(rank[columns], count, real=real.reshape(-1)[flat])
+        changed["deepstack_visual_embeds"] = [
+            ops.plan_apply(inner if e.device == columns.device else inner.to(e.device), e)
+            for e in changed["deepstack_visual_embeds"]
+        ]
+        (kept,) = ops.position_remap(rows, visual.to(columns.device), dim=-1, fill=0)
+        changed["visual_pos_masks"] = kept
+
+
+def _consecutive(mask: Tensor) -> Tensor:
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _mask(state: State | None, new: Tensor, past: int, cache: Any) -> tuple[Tensor, Tensor]:
+    """Attention mask for a pass, and the column mask that its cache keeps."""
+    width = past + new.shape[1]
+    size = caches.capacity(cache)
+    if size is not None:
+        # A static cache keeps one mask of its full size: causality hides what is not yet filled.
+        mask = new.new_ones(new.shape[0], size) if state is None or state.mask is None else state.mask
+        if width > size:
+            _check.fail(f"at most {size} tokens in a static cache", str(width))
+        if state is None or not torch.equal(mask[:, past:width], new):
+            mask = mask.clone()
+            mask[:, past:width] = new
+        return mask.long(), mask
+    old = new.new_ones(new.shape[0], past) if state is None or state.mask is None else state.mask[:, :past]
+    mask = torch.cat([old, new], dim=1)
+    return mask.long(), mask
+
+
+def _real_columns(mask: Any, batch: int, length: int, past: int, cache: Any, device: torch.device) -> Tensor:
+    """bool ``[B, L]``: which of the new columns are not padding."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask[:, -length:].to(device).bool()
+    if isinstance(mask, Tensor) and mask.dim() == 4 and caches.is_static(cache):
+        if past:
+            return torch.ones(batch, length, dtype=torch.bool, device=device)
+        last = mask[:, 0, -1, :length].expand(batch, length).to(device)
+        return last if last.dtype == torch.bool else last == 0
+    shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    return _check.fail("an attention mask of shape [B, L], or none", str(shape))
+
+
+def _refuse(arguments: dict[str, Any], call: Call, cache: Any, batch: int) -> None:
+    """Raise for calls in which dropping tokens would silently change something else."""
+    if isinstance(call.logits_to_keep, Tensor):
+        _check.fail("logits_to_keep as a number, because tokens are dropped", "a tensor")
+    if any(arguments.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k")):
+        raise ValueError("expected padded rows, got rows packed by cu_seq_lens, which cannot be reduced")
+    position = arguments.get("position_ids")
+    text_rows = position is not None and (position.dim() == 2 or position.shape[0] == 4)
+    if text_rows and cache is None and arguments.get("attention_mask") is None:
+        row = position if position.dim() == 2 else position[0]
+        if bool((row.diff(dim=-1) < 0).any()):
+            raise ValueError("expected padded rows, got rows packed by restarting position_ids, which cannot be reduced")
