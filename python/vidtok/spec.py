@@ -144,6 +144,8 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         inner = ",".join(map(_text, value))
         return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
     # "+" joins stages, so an exponent goes without it.
     return repr(value).replace("e+", "e")
 

@@ -138,7 +138,7 @@ def tome(
     parts, base = [], 0
     for frames, slots in _by_shape(videos):
         n = frames * slots
-        parts.append(_frames(x[base : base + n].view(frames, slots, -1), rounds(slots, r, ratio, k), metric))
+        parts.append(_frames(x[base : base + n].view(frames, slots, x.shape[1]), rounds(slots, r, ratio, k), metric))
         base += n
     lengths = [_common.tokens(g) for g in videos]
     counts = [count(g, r, ratio, k) for g in videos]

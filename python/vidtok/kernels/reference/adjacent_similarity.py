@@ -38,7 +38,7 @@ def adjacent_similarity(
         stop = start + t * slots
         if stop > x.shape[0]:
             raise IndexError(f"expected grids that hold {x.shape[0]} tokens, got {grid.tolist()}")
-        frames = x32[start:stop].view(t, slots, -1)
+        frames = x32[start:stop].view(t, slots, x.shape[1])
         inv = inverse[start:stop].view(t, slots)
         start = stop
         if MODES[mode] == "previous":
