@@ -147,12 +147,12 @@ class CMakeBuild(build_ext):
             self.call(configure)
             stamp.write_text(wanted)
             self.call([cmake, "--build", str(folder), "--parallel", str(jobs())])
-            (built,) = (folder / "module").glob("_C.*")
-            install(built, Path(self.get_ext_fullpath(ext.name)))
+            (self.built,) = (folder / "module").glob("_C.*")
+            install(self.built, Path(self.get_ext_fullpath(ext.name)))
 
     def call(self, command: list[str]) -> None:
         if subprocess.run(command).returncode:
-            stop(f"`{' '.join(command)}` failed; the lines above say why. VIDTOK_NO_EXT=1 installs the pure Python part")
+            stop(f"`{' '.join(command)}` failed (see above); VIDTOK_NO_EXT=1 installs the pure Python part")
 
 
 if NO_EXT:

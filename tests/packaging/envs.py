@@ -11,7 +11,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = shutil.ignore_patterns(
-    "build", "dist", ".git", ".venv*", ".cache", ".ci-work", "*.so", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
+    "build",
+    "dist",
+    ".git",
+    ".venv*",
+    ".cache",
+    ".ci-work",
+    "*.so",
+    "*.egg-info",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
 )
 
 
@@ -19,7 +29,12 @@ def call(*command: str | Path, cwd: Path | None = None, ok: bool = True, **env: 
     """Output of a command in an environment without this run's Python settings."""
     clean = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV", "VIDTOK_BACKEND"}}
     done = subprocess.run(
-        [str(c) for c in command], cwd=cwd, env={**clean, **env}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [str(c) for c in command],
+        cwd=cwd,
+        env={**clean, **env},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     assert (done.returncode == 0) == ok, f"{' '.join(map(str, command))}\n{done.stdout[-6000:]}"
     return done.stdout
@@ -33,6 +48,8 @@ class Venv:
         self.python = folder / "bin" / "python"
         if borrow:
             site = Path(call(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+            for old in site.glob("setuptools*"):
+                shutil.rmtree(old)
             # A folder named in a .pth file is searched last, and .pth files inside it are not read.
             (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
 

@@ -26,16 +26,18 @@ print(vidtok.__file__)
 
 
 def test_second_isolated_install_over_the_first(tree: Path, venv: Venv) -> None:
-    # pip builds in the tree, and the ninja of the first isolated build is gone at the second.
-    for _ in range(2):
-        venv.pip("install", "--no-deps", "--force-reinstall", tree)
-        assert str(venv.python.parents[1]) in venv.run(WORKS)
-    # Leftovers in the tree do not reach a later wheel.
-    (tree / "python/vidtok/leftover.py").write_text("")
+    # pip builds in the tree: the ninja of the first build is gone at the second, and a module deleted in between
+    # must not come back from its leftovers.
+    leftover = tree / "python/vidtok/leftover.py"
+    leftover.write_text("")
+    find = "import importlib.util as u; print(u.find_spec('vidtok.leftover'))"
     venv.pip("install", "--no-deps", "--force-reinstall", tree)
-    (tree / "python/vidtok/leftover.py").unlink()
+    assert str(venv.python.parents[1]) in venv.run(WORKS)
+    assert "leftover.py" in venv.run(find)
+    leftover.unlink()
     venv.pip("install", "--no-deps", "--force-reinstall", tree)
-    assert "None" in venv.run("import importlib.util as u; print(u.find_spec('vidtok.leftover'))")
+    assert str(venv.python.parents[1]) in venv.run(WORKS)
+    assert "None" in venv.run(find)
 
 
 def test_without_isolation_with_this_environment(tree: Path, venv: Venv) -> None:
@@ -55,9 +57,7 @@ SYSTEM_CMAKE = "/usr/bin/cmake"
 @pytest.mark.skipif(not Path(SYSTEM_CMAKE).exists(), reason="no CMake of the system's own")
 def test_with_the_systems_cmake_after_pypis(tree: Path, venv: Venv) -> None:
     venv.pip("install", "--no-deps", "--no-build-isolation", tree)
-    venv.pip(
-        "install", "--no-deps", "--no-build-isolation", "--force-reinstall", tree, CMAKE_EXECUTABLE=SYSTEM_CMAKE
-    )
+    venv.pip("install", "--no-deps", "--no-build-isolation", "--force-reinstall", tree, CMAKE_EXECUTABLE=SYSTEM_CMAKE)
     venv.run(WORKS)
 
 

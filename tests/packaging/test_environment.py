@@ -16,7 +16,9 @@ def used() -> set[str]:
     local: set[str] = set()
     files = [ROOT / "setup.py", ROOT / "CMakeLists.txt", ROOT / "Makefile", ROOT / ".ci/run"]
     for folder in ("python", "csrc", "scripts", "bench", "examples"):
-        files += [p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix not in {".so", ".pyc", ".csv", ".png"}]
+        files += [
+            p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix not in {".so", ".pyc", ".csv", ".png"}
+        ]
     for file in files:
         text = file.read_text(encoding="utf-8", errors="ignore")
         names |= set(NAME.findall(text))
