@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+BINARY = {".so", ".pyc", ".csv", ".png", ".svg"}
 NAME = re.compile(r"\bVIDTOK_[A-Z0-9_]*[A-Z0-9]\b")
 # Include guards and macros of the C++ sources are not settings.
 CPP_LOCAL = re.compile(r"#\s*(?:define|undef)\s+(VIDTOK_\w+)|#\s*ifndef\s+(VIDTOK_\w+_H_?)\b")

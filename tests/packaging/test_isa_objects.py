@@ -1,8 +1,8 @@
 """Code compiled for an instruction set cannot leak into the baseline.
 
 An inline function or template that two translation units share is kept once by the linker, and the kept copy may be
-the one that uses AVX-512; a namespace-scope object may run such code before dispatch. So the objects under csrc/cpu/simd
-share no weak symbol with any other object and have no start-up code.
+the one that uses AVX-512; a namespace-scope object may run such code before dispatch. So the objects under
+csrc/cpu/simd share no weak symbol with any other object and have no start-up code.
 """
 
 from __future__ import annotations
