@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "vidtok/peak.h"
 #include "vidtok/plan_apply.h"
 
 namespace py = pybind11;
@@ -89,5 +90,14 @@ PYBIND11_MODULE(_C, m) {
                                   uintptr_t weight, int64_t nnz, int threads) {
     return run(plan_apply_backward,
                plan_apply_args(x, y, dtype, n, rows, c, x_stride, anchor, member, offset, weight, nnz, threads));
+  });
+  m.def("peak_flops", [](int64_t rounds, int threads) {
+    double flops = 0;
+    float sum = 0;
+    run(peak_flops, PeakFlopsArgs{rounds, &flops, &sum, threads});
+    return py::make_tuple(flops, sum);
+  });
+  m.def("stream_copy", [](uintptr_t x, uintptr_t y, int64_t bytes, int threads) {
+    return run(stream_copy, StreamCopyArgs{ptr<const void>(x), ptr<void>(y), bytes, threads});
   });
 }
