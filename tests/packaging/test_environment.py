@@ -23,7 +23,7 @@ def used() -> set[str]:
     for file in files:
         text = file.read_text(encoding="utf-8", errors="ignore")
         names |= set(NAME.findall(text))
-        if file.suffix in {".h", ".cpp", ".inc"}:
+        if file.suffix in {".h", ".cpp", ".inl"}:
             local |= {a or b for a, b in CPP_LOCAL.findall(text)}
     return names - local
 
