@@ -149,9 +149,9 @@ class Plan:
             member = torch.cat([p.member + b for p, b in zip(plans, base_in)]).to(torch.int32)
             weight = torch.cat([p.weight for p in plans])
             base_nnz = list(accumulate((p.member.shape[0] for p in plans), initial=0))
-            offset = torch.cat(
-                [plans[0].offset[:1], *(p.offset[1:] + b for p, b in zip(plans, base_nnz))]
-            ).to(torch.int32)
+            offset = torch.cat([plans[0].offset[:1], *(p.offset[1:] + b for p, b in zip(plans, base_nnz))]).to(
+                torch.int32
+            )
         length_in = plans[0].length_in if len({p.length_in for p in plans}) == 1 else None
         length_out = plans[0].length_out if len({p.length_out for p in plans}) == 1 else None
         return cls(
@@ -322,7 +322,8 @@ class Plan:
         Args:
             grid_thw: ``[V, 3]`` token grids in packed order; together they must cover the input.
         """
-        grids = [tuple(int(v) for v in row) for row in (grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw)]
+        rows = grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw
+        grids = [tuple(int(v) for v in row) for row in rows]
         bounds = [0, *accumulate(t * h * w for t, h, w in grids)]
         if bounds[-1] != self.num_in:
             _check.fail(f"grids that hold {self.num_in} tokens together", f"{grids} with {bounds[-1]}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -48,6 +51,13 @@ def run(name, options, x, grids) -> Plan:
 
 def videos(dtype=torch.float32):
     return [make_video(i, g).to(dtype) for i, g in enumerate(GRIDS)]
+
+
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
+def test_docstring_example(name):
+    module = importlib.import_module(f"vidtok.methods.{name}")
+    result = doctest.testmod(module, extraglobs={"torch": torch})
+    assert result.attempted and not result.failed
 
 
 def test_every_method_is_here():

@@ -98,6 +98,11 @@ class TestEvs:
         plan = methods.evs(torch.ones(24, 8), [(4, 2, 3)], ratio=0.5)
         assert plan.anchor.tolist() == list(range(12))
 
+    def test_nan_goes_first(self):
+        x = torch.ones(8, 4)
+        x[1] = float("nan")
+        assert methods.evs(x, [(8, 1, 1)], ratio=0.75).anchor.tolist() == [0, 3, 4, 5, 6, 7]
+
 
 class TestDtd:
     @pytest.mark.parametrize("threshold", [-1, 0.0, 0.5, 0.9, 1])

@@ -215,8 +215,8 @@ def prunevid(
     counts = _per_video(kept, [len(v) for v in per_video], [t for t, _, _ in videos])
     if counts == lengths:
         return Plan.identity(lengths, device)
-    ends = [_common.offsets([n], device) for n in (z.shape[0], order.shape[0])]
-    plan = Plan.from_assignment(place[owner], center[order], *ends, z.shape[0])
+    cu_in, cu_out = (_common.offsets([n], device) for n in (z.shape[0], order.shape[0]))
+    plan = Plan.from_assignment(place[owner], center[order], cu_in, cu_out, z.shape[0])
     if temporal is not None:
         plan = temporal.compose(plan)
     return replace(

@@ -41,7 +41,7 @@ def check(r: Rounds | None = None, ratio: float | None = None, k: int | None = N
 
 def rounds(n: int, r: Rounds | None = None, ratio: float | None = None, k: int | None = None) -> list[int]:
     """Merges of each round for a frame of ``n`` tokens; every round at most halves it."""
-    if isinstance(r, list | tuple):
+    if r is not None and not isinstance(r, int):
         steps = []
         for wanted in r:
             steps.append(min(wanted, n // 2))
@@ -50,7 +50,7 @@ def rounds(n: int, r: Rounds | None = None, ratio: float | None = None, k: int |
     if k is not None:
         target = min(k, n)
     else:
-        target = _common.share(ratio, n) if ratio is not None else max(1, n - (r or 0))
+        target = _common.share(ratio, n) if ratio is not None else max(1, n - r) if r is not None else n
     steps = []
     while n > target:
         steps.append(min(n - target, n // 2))
