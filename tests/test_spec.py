@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from vidtok import Plan, methods, ops, spec
 from vidtok.spec import Pipeline, SpecError, Stage
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+
 from vidtok import Plan
 
 

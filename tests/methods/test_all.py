@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vidtok import Plan, methods, ops
 
 from tests.methods.helpers import equal, make_video
+from vidtok import Plan, methods, ops
 
 CASES = [
     ("uniform", {"ratio": 0.3}),

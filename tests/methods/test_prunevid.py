@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vidtok import methods, ops
-from vidtok.methods.prunevid import group_count, refine
 
 from tests.methods import oracle
 from tests.methods.helpers import as_frames, check_same, equal, make_video, outputs
+from vidtok import methods, ops
+from vidtok.methods.prunevid import group_count, refine
 
 GRIDS = [(8, 6, 6), (1, 4, 5), (13, 5, 4), (2, 3, 3)]
 
