@@ -58,6 +58,11 @@ class _State:
 state = _State()
 
 
+def holds(operator: str) -> bool:
+    """Whether the extension was built with this operator."""
+    return _C is not None and hasattr(_C, operator)
+
+
 def can_run_cpu(operator: str, *, raise_error: bool = False) -> bool:
     """Whether the compiled CPU backend can serve ``operator``; the reason is logged or raised."""
     reason = _cpu_obstacle(operator)
@@ -72,7 +77,7 @@ def can_run_cpu(operator: str, *, raise_error: bool = False) -> bool:
 def _cpu_obstacle(operator: str) -> str | None:
     if _C is None:
         return f"Can't run {operator} on the cpu backend; the compiled extension is missing ({_import_error})."
-    if not hasattr(_C, operator):
+    if not holds(operator):
         return f"Can't run {operator} on the cpu backend; this build of the extension does not hold it."
     return None
 

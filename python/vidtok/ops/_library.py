@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidtok.kernels import select
 from vidtok.kernels.select import state
 
 LIB = torch.library.Library("vidtok", "FRAGMENT")
@@ -36,7 +37,7 @@ def define(
     """
     LIB.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIB.impl(name, reference, "CompositeExplicitAutograd")
-    if native is not None:
+    if native is not None and select.holds(name.removesuffix("_grad")):
         native_kernel = native
 
         def cpu(*args: Any) -> Any:

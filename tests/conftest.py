@@ -1,0 +1,43 @@
+"""Settings and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("vidtok", max_examples=25, deadline=None, derandomize=True)
+settings.load_profile("vidtok")
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def usable_isas() -> list[str]:
+    """Instruction sets the extension can run here; only the forced one under VIDTOK_CPU_ISA."""
+    from vidtok.kernels import select
+
+    info = select.build_info()
+    if os.environ.get("VIDTOK_CPU_ISA"):
+        return [info["isa"]] if "isa" in info else []
+    return list(info.get("isa_usable", []))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    # Parametrised here, so that a build without the extension collects no instruction set instead of failing.
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", usable_isas(), indirect=True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on each instruction set this processor has."""
+    from vidtok.kernels import select
+
+    extension = select.extension()
+    before = extension.build_info()["isa"]
+    assert extension.force_isa(request.param)
+    yield request.param
+    extension.force_isa(before)
