@@ -7,7 +7,11 @@
 
 #include "cpu/isa.h"
 #include "vidtok/peak.h"
+#include "vidtok/adjacent_similarity.h"
 #include "vidtok/plan_apply.h"
+#include "vidtok/pool_packed.h"
+#include "vidtok/position_remap.h"
+#include "vidtok/topk_select.h"
 
 namespace py = pybind11;
 using namespace vidtok;
@@ -68,8 +72,9 @@ bool force_isa(const std::string& name) {
 }
 
 py::tuple last_error(int status) {
-  const char* kind = static_cast<Status>(status) == Status::index ? "index" : "memory";
-  return py::make_tuple(kind, last_message());
+  const Status kind = static_cast<Status>(status);
+  const char* name = kind == Status::index ? "index" : kind == Status::value ? "value" : "memory";
+  return py::make_tuple(name, last_message());
 }
 
 }  // namespace
@@ -91,6 +96,42 @@ PYBIND11_MODULE(_C, m) {
     return run(plan_apply_backward,
                plan_apply_args(x, y, dtype, n, rows, c, x_stride, anchor, member, offset, weight, nnz, threads));
   });
+  m.def("position_remap", [](uintptr_t anchor, int64_t n, int64_t m, const std::vector<int64_t>& tensors, int threads) {
+    constexpr size_t kFields = 6;
+    std::vector<RemapTensor> list(tensors.size() / kFields);
+    for (size_t i = 0; i < list.size(); ++i) {
+      const int64_t* t = tensors.data() + i * kFields;
+      list[i] = {ptr<const void>(uintptr_t(t[0])), ptr<void>(uintptr_t(t[1])), t[2], t[3], t[4], uint64_t(t[5])};
+    }
+    return run(position_remap,
+               PositionRemapArgs{ptr<const int32_t>(anchor), n, m, list.data(), int64_t(list.size()), threads});
+  });
+  m.def("topk_select", [](uintptr_t score, int dtype, int64_t n, const std::vector<int64_t>& keep, uintptr_t cu_seqlens,
+                          int64_t segments, uintptr_t index, int threads) {
+    return run(topk_select, TopkSelectArgs{ptr<const void>(score), static_cast<DType>(dtype), n, keep.data(),
+                                           int64_t(keep.size()), ptr<const int32_t>(cu_seqlens), segments,
+                                           ptr<int64_t>(index), threads});
+  });
+  const auto pool = [](Status (*kernel)(const PoolPackedArgs&)) {
+    return [kernel](uintptr_t x, uintptr_t y, int dtype, int64_t num_in, int64_t num_out, int64_t c, int64_t x_stride,
+                    uintptr_t grid_in, uintptr_t grid_out, int64_t videos, int threads) {
+      return run(kernel, PoolPackedArgs{ptr<const void>(x), ptr<void>(y), static_cast<DType>(dtype), num_in, num_out, c,
+                                        x_stride, ptr<const int64_t>(grid_in), ptr<const int64_t>(grid_out), videos,
+                                        threads});
+    };
+  };
+  m.def("pool_packed", pool(pool_packed));
+  m.def("pool_packed_backward", pool(pool_packed_backward));
+  m.def("adjacent_similarity",
+        [](uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t c, int64_t x_stride, uintptr_t grid, int64_t videos,
+           int to, uintptr_t window, int64_t windows, uintptr_t center, uintptr_t cu_seqlens, int64_t sequences,
+           int64_t num_out, int threads) {
+          return run(adjacent_similarity,
+                     AdjacentSimilarityArgs{ptr<const void>(x), ptr<float>(y), static_cast<DType>(dtype), n, c, x_stride,
+                                            ptr<const int64_t>(grid), videos, static_cast<SimilarTo>(to),
+                                            ptr<const int64_t>(window), windows, ptr<const void>(center),
+                                            ptr<const int32_t>(cu_seqlens), sequences, num_out, threads});
+        });
   m.def("peak_flops", [](int64_t rounds, int threads) {
     double flops = 0;
     float sum = 0;

@@ -14,6 +14,7 @@ enum class Status : int {
   ok = 0,
   index = 1,   // an index from outside points beyond its data
   memory = 2,  // the workspace could not be allocated
+  value = 3,   // a number outside its range
 };
 
 // Keeps a sentence for the calling thread and returns the status, so that a kernel may

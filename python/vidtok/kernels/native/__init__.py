@@ -13,6 +13,8 @@ from vidtok.kernels import select
 # The numbers are those of csrc/include/vidtok/common.h.
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+_ERRORS: dict[str, type[Exception]] = {"index": IndexError, "value": ValueError}
+
 num_threads: Callable[[], int] = torch.get_num_threads
 
 
@@ -29,7 +31,7 @@ def check(status: int, operator: str) -> None:
     """Raise what a kernel's status says."""
     if status:
         code, message = select.extension().last_error(status)
-        raise (IndexError if code == "index" else RuntimeError)(f"{operator}: {message}")
+        raise _ERRORS.get(code, RuntimeError)(f"{operator}: {message}")
 
 
 def extension() -> Any:
