@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "vidtok/bipartite.h"
 #include "vidtok/peak.h"
 #include "vidtok/adjacent_similarity.h"
 #include "vidtok/plan_apply.h"
@@ -33,6 +34,16 @@ PlanApplyArgs plan_apply_args(uintptr_t x, uintptr_t y, int dtype, int64_t n, in
           ptr<const int32_t>(member), ptr<const int32_t>(offset),
           ptr<const float>(weight),  nnz,
           threads};
+}
+
+// A mask and offsets decide how many outputs there are; the caller needs that to allocate them.
+int64_t bipartite_outputs(int64_t batch, int64_t tokens, int64_t r, int64_t prefix, uintptr_t mask, uintptr_t cu) {
+  BipartiteArgs args{};
+  args.batch = batch, args.tokens = tokens, args.r = r, args.prefix = prefix;
+  args.mask = ptr<const uint8_t>(mask), args.cu = ptr<const int32_t>(cu);
+  int64_t m = 0;
+  const Status status = bipartite_count(args, &m);
+  return status == Status::ok ? m : -static_cast<int64_t>(status);
 }
 
 // Kernels run without the GIL; the arguments are plain data by then.
@@ -84,6 +95,28 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("force_isa", &force_isa);
   m.def("last_error", &last_error);
+  m.def("bipartite_outputs", &bipartite_outputs);
+  const auto bipartite_lists = [](uintptr_t metric, int metric_dtype, int64_t heads, int64_t cm, int64_t metric_batch,
+                                  int64_t metric_head, int64_t metric_row, uintptr_t size, uintptr_t mask, uintptr_t cu,
+                                  int64_t batch, int64_t tokens, int64_t r, int64_t prefix, int64_t rows, int threads,
+                                  uintptr_t cu_in, uintptr_t cu_out, uintptr_t anchor, uintptr_t member,
+                                  uintptr_t offset, uintptr_t weight, uintptr_t x, int x_dtype, int64_t c,
+                                  int64_t x_batch, int64_t x_row, uintptr_t y, uintptr_t total) {
+    BipartiteArgs args{};
+    args.metric = ptr<const void>(metric), args.metric_dtype = static_cast<DType>(metric_dtype);
+    args.heads = heads, args.cm = cm;
+    args.metric_batch = metric_batch, args.metric_head = metric_head, args.metric_row = metric_row;
+    args.size = ptr<const float>(size), args.mask = ptr<const uint8_t>(mask), args.cu = ptr<const int32_t>(cu);
+    args.batch = batch, args.tokens = tokens, args.r = r, args.prefix = prefix;
+    args.m = rows, args.threads = threads;
+    args.cu_in = ptr<int32_t>(cu_in), args.cu_out = ptr<int32_t>(cu_out), args.anchor = ptr<int32_t>(anchor);
+    args.member = ptr<int32_t>(member), args.offset = ptr<int32_t>(offset), args.weight = ptr<float>(weight);
+    args.x = ptr<const void>(x), args.x_dtype = static_cast<DType>(x_dtype), args.c = c;
+    args.x_batch = x_batch, args.x_row = x_row, args.y = ptr<void>(y), args.total = ptr<float>(total);
+    return run(bipartite, args);
+  };
+  m.def("bipartite_match", bipartite_lists);
+  m.def("bipartite_merge", bipartite_lists);
   m.def("plan_apply", [](uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t rows, int64_t c, int64_t x_stride,
                          uintptr_t anchor, uintptr_t member, uintptr_t offset, uintptr_t weight, int64_t nnz,
                          int threads) {

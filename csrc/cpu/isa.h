@@ -1,6 +1,7 @@
 // Which instruction set serves, and the table of its kernels.
 #pragma once
 
+#include "cpu/bipartite.h"
 #include "cpu/peak.h"
 #include "cpu/plan_apply.h"
 
@@ -12,6 +13,7 @@ inline constexpr const char* kIsaNames[kIsaCount] = {"scalar", "avx2", "avx512",
 
 // One entry per operator; each instruction set's translation unit fills one such table.
 struct Kernels {
+  BipartiteKernels bipartite;
   PlanApplyKernels plan_apply;
   PeakKernels peak;
 };

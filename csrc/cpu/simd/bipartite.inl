@@ -1,0 +1,262 @@
+// bipartite_match and bipartite_merge for one instruction set.
+#include "cpu/bipartite.h"
+#include "cpu/simd/rows.inl"
+#include "cpu/simd/transpose.h"
+
+namespace vidtok {
+namespace VIDTOK_ISA {
+namespace {
+
+// A tile holds kTileRows destinations × kPanelVectors vectors of sources in registers.
+#if VIDTOK_WIDTH == 16
+constexpr int kPanelVectors = 4, kTileRows = 6;
+#elif VIDTOK_WIDTH == 8
+constexpr int kPanelVectors = 2, kTileRows = 5;
+#else
+constexpr int kPanelVectors = 4, kTileRows = 4;
+#endif
+// Partial dot products are added up every so many channels: keeps the error of long rows small.
+constexpr int64_t kDotChannels = 512;
+
+template <class T>
+void metric_rows(const BipartiteArgs& a, const T* metric, int64_t begin, int64_t end, float* out) {
+  const vec heads = set1(float(a.heads));
+  for (int64_t t = begin; t < end; ++t) {
+    const T* row = metric + t * a.metric_row;
+    float* to = out + t * a.cm;
+    for (int64_t j = 0; j < a.cm; j += kWidth) {
+      const int n = a.cm - j < kWidth ? int(a.cm - j) : kWidth;
+      vec s = n == kWidth ? load(row + j) : load(row + j, n);
+      if (a.heads > 1) {
+        for (int64_t h = 1; h < a.heads; ++h) {
+          const T* at = row + h * a.metric_head + j;
+          s = s + (n == kWidth ? load(at) : load(at, n));
+        }
+        s = s / heads;
+      }
+      if (n == kWidth)
+        store(to + j, s);
+      else
+        store(to + j, s, n);
+    }
+  }
+}
+
+void metric_rows_any(const BipartiteArgs& a, const void* metric, int64_t begin, int64_t end, float* out) {
+  if (a.metric_dtype == DType::f32) return metric_rows(a, static_cast<const float*>(metric), begin, end, out);
+  if (a.metric_dtype == DType::bf16) return metric_rows(a, static_cast<const bf16*>(metric), begin, end, out);
+  return metric_rows(a, static_cast<const f16*>(metric), begin, end, out);
+}
+
+void inverse_norms(const float* rows, int64_t stride, int64_t cm, int64_t begin, int64_t end, float* out) {
+  for (int64_t t = begin; t < end; ++t) {
+    const float* row = rows + t * stride;
+    vec s0 = zero(), s1 = zero();
+    int64_t j = 0;
+    for (; j + 2 * kWidth <= cm; j += 2 * kWidth) {
+      const vec a = load(row + j), b = load(row + j + kWidth);
+      s0 = fma(a, a, s0), s1 = fma(b, b, s1);
+    }
+    for (; j < cm; j += kWidth) {
+      const vec a = load(row + j, cm - j < kWidth ? int(cm - j) : kWidth);
+      s0 = fma(a, a, s0);
+    }
+    const float squared = sum(s0 + s1);
+    out[t] = squared == 0.0f ? 0.0f : 1.0f / __builtin_sqrtf(squared);
+    if (!(squared <= 3.4028234663852886e38f)) out[t] = __builtin_nanf("");
+  }
+}
+
+VIDTOK_INLINE void keep_greater(vec score, vec place, vec& best, vec& index) {
+#if VIDTOK_WIDTH == 16
+  const __mmask16 more = _mm512_cmp_ps_mask(score.v, best.v, _CMP_GT_OQ);
+  best.v = _mm512_mask_mov_ps(best.v, more, score.v);
+  index.v = _mm512_mask_mov_ps(index.v, more, place.v);
+#elif VIDTOK_WIDTH == 8
+  const __m256 more = _mm256_cmp_ps(score.v, best.v, _CMP_GT_OQ);
+  best.v = _mm256_blendv_ps(best.v, score.v, more);
+  index.v = _mm256_blendv_ps(index.v, place.v, more);
+#else
+  if (score.v > best.v) best = score, index = place;
+#endif
+}
+
+// acc[i][v] += sum over channels of row i's entry times the panel's vector v. Prefetches `lines`
+// cache lines from `ahead` on the way.
+template <int NV>
+VIDTOK_INLINE void tile(const float* panel, const float* const* row, int64_t from, int64_t to, vec (&acc)[kTileRows][NV],
+                        const char* ahead, int64_t lines) {
+  for (int64_t k = from; k < to; ++k) {
+    vec s[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) s[v] = load(panel + (k * NV + v) * kWidth);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      const vec d = set1(row[i][k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[i][v] = fma(d, s[v], acc[i][v]);
+    }
+    if (lines > 0) {
+      prefetch(ahead), prefetch(ahead + 64), prefetch(ahead + 128), prefetch(ahead + 192);
+      ahead += 256, lines -= 4;
+    }
+  }
+}
+
+template <int NV>
+void match_panel(const Matching& m, int64_t first, float* panel, const char* ahead, int64_t ahead_lines) {
+  const int64_t lanes = NV * kWidth;
+  const int64_t live = m.sources - first < lanes ? m.sources - first : lanes;
+  for (int v = 0; v < NV; ++v) {
+    const float* row[kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      const int64_t s = first + v * kWidth + i;
+      row[i] = s < m.sources ? m.rows + int64_t(m.source[s]) * m.row_stride : nullptr;
+    }
+    transpose(row, m.cm, panel + v * kWidth, lanes);
+  }
+  float inverse[NV * kWidth], best[NV * kWidth], index[NV * kWidth];
+  for (int64_t i = 0; i < lanes; ++i) {
+    inverse[i] = i < live ? m.inverse_source[first + i] : 0.0f;
+    best[i] = -__builtin_inff();
+    index[i] = 0.0f;
+  }
+  const int64_t tiles = (m.destinations + kTileRows - 1) / kTileRows;
+  const vec top = set1(m.steps);
+  for (int64_t t = 0; t < tiles; ++t) {
+    // The last tile repeats rows; a score that comes again is not greater.
+    const int64_t d0 = t * kTileRows;
+    const float* row[kTileRows];
+    int64_t place[kTileRows];
+    for (int i = 0; i < kTileRows; ++i) {
+      place[i] = d0 + i < m.destinations ? d0 + i : m.destinations - 1;
+      row[i] = m.rows + int64_t(m.destination[place[i]]) * m.row_stride;
+    }
+    const int64_t l0 = ahead_lines * t / tiles, l1 = ahead_lines * (t + 1) / tiles;
+    vec acc[kTileRows][NV];
+    for (int i = 0; i < kTileRows; ++i)
+      for (int v = 0; v < NV; ++v) acc[i][v] = zero();
+    if (m.cm <= kDotChannels) {
+      tile<NV>(panel, row, 0, m.cm, acc, ahead + l0 * 64, l1 - l0);
+    } else {
+      vec whole[kTileRows][NV];
+      for (int i = 0; i < kTileRows; ++i)
+        for (int v = 0; v < NV; ++v) whole[i][v] = zero();
+      for (int64_t k = 0; k < m.cm; k += kDotChannels) {
+        for (int i = 0; i < kTileRows; ++i)
+          for (int v = 0; v < NV; ++v) acc[i][v] = zero();
+        tile<NV>(panel, row, k, k + kDotChannels < m.cm ? k + kDotChannels : m.cm, acc, ahead + l0 * 64,
+                 k == 0 ? l1 - l0 : 0);
+        for (int i = 0; i < kTileRows; ++i)
+          for (int v = 0; v < NV; ++v) whole[i][v] = whole[i][v] + acc[i][v];
+      }
+      for (int i = 0; i < kTileRows; ++i)
+        for (int v = 0; v < NV; ++v) acc[i][v] = whole[i][v];
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      vec b = load(best + v * kWidth), at = load(index + v * kWidth);
+      const vec s = load(inverse + v * kWidth);
+#pragma GCC unroll 8
+      for (int i = 0; i < kTileRows; ++i) {
+        const vec cosine = acc[i][v] * s * set1(m.inverse_destination[place[i]]);
+        // min passes a NaN on only when it stands second; a NaN is never greater.
+        keep_greater(round(min(top, cosine)), set1(float(place[i])), b, at);
+      }
+      store(best + v * kWidth, b);
+      store(index + v * kWidth, at);
+    }
+  }
+  for (int64_t i = 0; i < live; ++i) {
+    m.best[first + i] = best[i];
+    m.target[first + i] = int32_t(index[i]);
+  }
+}
+
+void match_any(const Matching& m, int64_t index, int64_t count, float* panel) {
+  const int64_t vectors = (m.sources + kWidth - 1) / kWidth;
+  const int64_t begin = vectors * index / count, end = vectors * (index + 1) / count;
+  const int64_t lines = m.ahead == nullptr ? 0 : m.ahead_bytes / 64;
+  const int64_t l0 = lines * index / count, l1 = lines * (index + 1) / count;
+  const char* ahead = m.ahead + l0 * 64;
+  const int64_t first = begin * kWidth;
+  if (end - begin == 1) return match_panel<1>(m, first, panel, ahead, l1 - l0);
+  if (end - begin == 2) return match_panel<2>(m, first, panel, ahead, l1 - l0);
+  if constexpr (kPanelVectors == 4) {
+    if (end - begin == 3) return match_panel<3>(m, first, panel, ahead, l1 - l0);
+    return match_panel<4>(m, first, panel, ahead, l1 - l0);
+  }
+}
+
+// Sum of size·x over the members, in their order, over the total.
+template <class T>
+VIDTOK_INLINE void merge_row(const BipartiteArgs& a, T* y, const T* x, int64_t base, int32_t begin, int32_t end,
+                             float total, bool streaming) {
+  const vec whole = set1(total);
+  int64_t j = 0;
+  const bool past = streaming && sizeof(T) == 4 && (reinterpret_cast<uintptr_t>(y) & (kWidth * 4 - 1)) == 0;
+  for (; j + 4 * kWidth <= a.c; j += 4 * kWidth) {
+    vec s[4];
+    for (int32_t i = begin; i < end; ++i) {
+      const T* row = x + (a.member[i] - base) * a.x_row + j;
+      if (a.size == nullptr) {
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) s[v] = i == begin ? load(row + v * kWidth) : s[v] + load(row + v * kWidth);
+      } else {
+        const vec w = set1(a.size[a.member[i]]);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+          const vec p = w * load(row + v * kWidth);
+          s[v] = i == begin ? p : s[v] + p;
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      s[v] = s[v] / whole;
+      if (past)
+        stream(reinterpret_cast<float*>(y + j + v * kWidth), s[v]);
+      else
+        store(y + j + v * kWidth, s[v]);
+    }
+  }
+  for (; j < a.c; j += kWidth) {
+    const int n = a.c - j < kWidth ? int(a.c - j) : kWidth;
+    vec s = zero();
+    for (int32_t i = begin; i < end; ++i) {
+      const vec p = load(x + (a.member[i] - base) * a.x_row + j, n);
+      const vec q = a.size == nullptr ? p : set1(a.size[a.member[i]]) * p;
+      s = i == begin ? q : s + q;
+    }
+    store(y + j, s / whole, n);
+  }
+}
+
+template <class T>
+void merge_rows(const BipartiteArgs& a, const Merging& s, int64_t begin, int64_t end, bool streaming) {
+  T* y = static_cast<T*>(a.y) + s.out * a.c;
+  const T* x = static_cast<const T*>(s.x);
+  for (int64_t m = begin; m < end; ++m) {
+    const int32_t lo = s.offset[m], hi = s.offset[m + 1];
+    const T* row = x + (a.member[lo] - s.begin) * a.x_row;
+    if (hi - lo == 1)
+      copy_bytes(reinterpret_cast<char*>(y + m * a.c), reinterpret_cast<const char*>(row), a.c * int64_t(sizeof(T)),
+                 streaming, nullptr);
+    else
+      merge_row(a, y + m * a.c, x, s.begin, lo, hi, a.total[s.out + m], streaming);
+  }
+  if (streaming) stream_fence();
+}
+
+void merge_any(const BipartiteArgs& a, const Merging& s, int64_t begin, int64_t end, bool streaming) {
+  if (a.x_dtype == DType::f32) return merge_rows<float>(a, s, begin, end, streaming);
+  if (a.x_dtype == DType::bf16) return merge_rows<bf16>(a, s, begin, end, streaming);
+  return merge_rows<f16>(a, s, begin, end, streaming);
+}
+
+constexpr BipartiteKernels bipartite_kernels{kPanelVectors * kWidth, metric_rows_any, inverse_norms, match_any,
+                                             merge_any};
+
+}  // namespace
+}  // namespace VIDTOK_ISA
+}  // namespace vidtok
