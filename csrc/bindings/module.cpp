@@ -9,6 +9,7 @@
 #include "vidtok/bipartite.h"
 #include "vidtok/peak.h"
 #include "vidtok/adjacent_similarity.h"
+#include "vidtok/cluster_dpc_knn.h"
 #include "vidtok/plan_apply.h"
 #include "vidtok/pool_packed.h"
 #include "vidtok/position_remap.h"
@@ -165,6 +166,14 @@ PYBIND11_MODULE(_C, m) {
                                             ptr<const int64_t>(window), windows, ptr<const void>(center),
                                             ptr<const int32_t>(cu_seqlens), sequences, num_out, threads});
         });
+  m.def("cluster_dpc_knn", [](uintptr_t x, int dtype, int64_t n, int64_t c, int64_t x_stride, uintptr_t cu_seqlens,
+                              int64_t segments, uintptr_t num_clusters, int64_t num_counts, int64_t k,
+                              uintptr_t assignment, uintptr_t center, int64_t workspace, int threads) {
+    return run(cluster_dpc_knn, ClusterDpcKnnArgs{ptr<const void>(x), static_cast<DType>(dtype), n, c, x_stride,
+                                                  ptr<const int32_t>(cu_seqlens), segments,
+                                                  ptr<const int64_t>(num_clusters), num_counts, k,
+                                                  ptr<int64_t>(assignment), ptr<int64_t>(center), workspace, threads});
+  });
   m.def("peak_flops", [](int64_t rounds, int threads) {
     double flops = 0;
     float sum = 0;

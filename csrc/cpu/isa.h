@@ -3,7 +3,13 @@
 
 #include "cpu/bipartite.h"
 #include "cpu/peak.h"
+#include "cpu/adjacent_similarity.h"
+#include "cpu/cluster_dpc_knn.h"
+#include "cpu/gram.h"
 #include "cpu/plan_apply.h"
+#include "cpu/pool_packed.h"
+#include "cpu/position_remap.h"
+#include "cpu/topk_select.h"
 
 namespace vidtok {
 
@@ -15,6 +21,12 @@ inline constexpr const char* kIsaNames[kIsaCount] = {"scalar", "avx2", "avx512",
 struct Kernels {
   BipartiteKernels bipartite;
   PlanApplyKernels plan_apply;
+  PositionRemapKernels position_remap;
+  TopkSelectKernels topk_select;
+  PoolPackedKernels pool_packed;
+  AdjacentSimilarityKernels adjacent_similarity;
+  GramKernels gram;
+  ClusterKernels cluster;
   PeakKernels peak;
 };
 

@@ -17,6 +17,8 @@ struct PlanApplyArgs {
   const float* weight;    // [nnz]
   int64_t nnz;
   int threads;
+  // Whether a single member is weighted too; a plan's single member is a copy whatever its weight.
+  bool weigh_single = false;
 };
 
 Status plan_apply(const PlanApplyArgs& args);

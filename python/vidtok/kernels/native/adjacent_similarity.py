@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from vidtok.kernels.native import DTYPE_CODE, check, extension, num_threads, pointer
+from vidtok.kernels.reference.adjacent_similarity import MODES
+
+_WINDOW = MODES.index("window")
 
 
 def adjacent_similarity(
@@ -17,4 +23,20 @@ def adjacent_similarity(
     num_out: int,
 ) -> Any:
     """See :func:`vidtok.kernels.reference.adjacent_similarity.adjacent_similarity`."""
-    return NotImplemented
+    dtype = DTYPE_CODE.get(x.dtype)
+    if dtype is None:
+        return NotImplemented
+    n, c = x.shape
+    if mode != _WINDOW:
+        num_out = n
+    elif num_out < 0:
+        return NotImplemented
+    out = x.new_empty(num_out, dtype=torch.float32)
+    status = extension().adjacent_similarity(
+        x.data_ptr(), out.data_ptr(), dtype, n, c, x.stride(0), pointer(grid), grid.shape[0], mode,
+        pointer(window), 0 if window is None else window.shape[0], pointer(center), pointer(cu_seqlens),
+        0 if center is None else center.shape[0], num_out, num_threads(),
+    )  # fmt: skip
+    if status:
+        check(status, "adjacent_similarity")
+    return out
