@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import lru_cache
+from functools import cache as memo
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from vidtok.plan import Plan
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import transformers  # noqa: E402
+import transformers
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 VERSION = tuple(int(v) for v in transformers.__version__.split(".")[:2])
@@ -85,7 +85,7 @@ def video_path(name: str = "bigbuckbunny.mp4") -> Path:
     return Path(spec.origin).parent / "datasets" / "data" / name
 
 
-@lru_cache(maxsize=None)
+@memo
 def frames(count: int, side: int, offset: int = 0) -> Tensor:
     """fp32 ``[T, 3, side, side]`` in [-1, 1]."""
     import decord
@@ -143,6 +143,24 @@ def batch(kind: str, samples: list[list[Clip]], *, side: str = "left", seed: int
         out |= {"pixel_values_videos": torch.cat(pixels["video"]), "video_grid_thw": torch.tensor(grids["video"])}
     if pixels["image"]:
         out |= {"pixel_values": torch.cat(pixels["image"]), "image_grid_thw": torch.tensor(grids["image"])}
+    return out
+
+
+def row(inputs: dict[str, Tensor], samples: list[list[Clip]], i: int) -> dict[str, Tensor]:
+    """Row ``i`` of a batch without its padding."""
+    real = inputs["attention_mask"][i].bool()
+    names = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")
+    out = {k: inputs[k][i : i + 1, real] for k in names if k in inputs}
+    for kind, pixels in (("video", "pixel_values_videos"), ("image", "pixel_values")):
+        counts = [sum(clip[0] == kind for clip in clips) for clips in samples]
+        if not counts[i]:
+            continue
+        first = sum(counts[:i])
+        grids = inputs[f"{kind}_grid_thw"]
+        sizes = grids.prod(-1).tolist()
+        out[f"{kind}_grid_thw"] = grids[first : first + counts[i]]
+        start = sum(sizes[:first])
+        out[pixels] = inputs[pixels][start : start + sum(sizes[first : first + counts[i]])]
     return out
 
 

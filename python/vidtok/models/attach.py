@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from vidtok import _check
@@ -28,6 +29,8 @@ class _Hook:
     def __init__(self, place: str, run: Any) -> None:
         self.place, self.run = place, run
 
+    # A compiled model breaks its graph here: plans have sizes that only the data knows.
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
 
@@ -107,9 +110,13 @@ def attach(
         ...     print(handle.report())
     """
     if vision is not None:
-        raise ValueError("expected vision=None, got a spec: reductions in the vision tower are not available in this version")
+        raise ValueError(
+            "expected vision=None, got a spec: reductions in the vision tower are not available in this version"
+        )
     if decoder is not None:
-        raise ValueError("expected decoder=None, got a spec: reductions inside the decoder are not available in this version")
+        raise ValueError(
+            "expected decoder=None, got a spec: reductions inside the decoder are not available in this version"
+        )
     if position not in _POSITIONS:
         _check.fail(f"position to be one of {', '.join(map(repr, _POSITIONS))}", repr(position))
     if visual is None:

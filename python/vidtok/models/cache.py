@@ -8,7 +8,7 @@ without reduction; what attention masks are sized by stays *physical* (tokens he
 from __future__ import annotations
 
 import weakref
-from functools import lru_cache
+from functools import cache as memo
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,7 +88,8 @@ def physical_length(cache: Any) -> int:
 def bind(cache: Any, state: State) -> None:
     """Put ``state`` on a cache; a reduced one answers with its logical length from now on."""
     if state.mask is not None and not isinstance(cache, TwoLengths):
-        cache.__class__ = _two_lengths(type(cache))
+        base: Any = type(cache)
+        cache.__class__ = _two_lengths(base)
     cache.__dict__[_STATE] = state
 
 
@@ -166,11 +167,11 @@ class TwoLengths:
         return _rebuild, (type(self).__mro__[2],), dict(self.__dict__)
 
 
-def _rebuild(base: type) -> Any:
-    cls = _two_lengths(base)
+def _rebuild(base: Any) -> Any:
+    cls: Any = _two_lengths(base)
     return cls.__new__(cls)
 
 
-@lru_cache(maxsize=None)
-def _two_lengths(base: type) -> type:
+@memo
+def _two_lengths(base: Any) -> Any:
     return type(base.__name__, (TwoLengths, base), {"__module__": base.__module__, "__doc__": base.__doc__})

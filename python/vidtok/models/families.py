@@ -125,25 +125,20 @@ def tag(output: Any, encoded: Encoded) -> None:
         setattr(output, _TAG, encoded)
 
 
-def _grids(output: Any) -> list[list[int]]:
-    encoded: Encoded | None = getattr(output, _TAG, None)
-    if encoded is None:
-        raise ValueError(
-            "expected visual features with their grids (video_grid_thw or image_grid_thw), got mm_encoder_outputs made "
-            "before attach or split by prefill_chunk_size, which cannot be reduced"
-        )
-    grids = encoded.grid_thw.tolist()
-    # Beam search repeats the features of a sample behind one another; the tensors are the same objects.
-    order: dict[int, int] = {}
-    parts = [order.setdefault(id(part), len(order)) for part in output.pooler_output]
-    return [grids[i] for i in parts]
-
-
-def encoded_spans(arguments: dict[str, Any]) -> list[Span]:
-    """Times of the vision tower calls whose outputs came with the call."""
-    outputs = (arguments.get("mm_encoder_outputs") or {}).values()
-    tags = (getattr(output, _TAG, None) for output in outputs)
-    return [t.span for t in tags if t is not None and t.span is not None]
+def tags(arguments: dict[str, Any]) -> tuple[dict[str, list[list[int]]], list[Span]]:
+    """Grids by kind, and times, of the vision tower calls whose outputs came with the arguments."""
+    grids, spans = {}, []
+    for kind, output in (arguments.get("mm_encoder_outputs") or {}).items():
+        encoded: Encoded | None = getattr(output, _TAG, None)
+        if encoded is None:
+            continue
+        rows = encoded.grid_thw.tolist()
+        # Beam search repeats the features of a sample behind one another; the tensors are the same objects.
+        order: dict[int, int] = {}
+        grids[kind] = [rows[order.setdefault(id(part), len(order))] for part in output.pooler_output]
+        if encoded.span is not None:
+            spans.append(encoded.span)
+    return grids, spans
 
 
 def has_media(arguments: dict[str, Any]) -> bool:
@@ -155,13 +150,25 @@ def has_media(arguments: dict[str, Any]) -> bool:
     )
 
 
-def find_visual(module: Any, arguments: dict[str, Any], images: bool) -> Visual | None:
+def refuse_blind(module: Any, arguments: dict[str, Any]) -> None:
+    """Raise for a prompt whose video tokens come without pixels, as prefill_chunk_size makes them on 5.17."""
+    ids = arguments.get("input_ids")
+    if ids is not None and ids.shape[1] > 1 and bool((ids == module.config.video_token_id).any()):
+        raise ValueError(
+            "expected pixels with the video tokens of a new prompt, got none (prefill_chunk_size cannot be reduced)"
+        )
+
+
+def find_visual(
+    module: Any, arguments: dict[str, Any], images: bool, encoded_grids: dict[str, list[list[int]]]
+) -> Visual | None:
     """Visual tokens of a call to the base model that are open to reduction, in packed order.
 
     Args:
         module: the base model.
         arguments: of its forward call, by name.
         images: whether images are open to reduction too.
+        encoded_grids: grids of features that were made before the call, by kind.
     """
     config, ids, embeds = module.config, arguments.get("input_ids"), arguments.get("inputs_embeds")
     encoded = arguments.get("mm_encoder_outputs") or {}
@@ -171,16 +178,18 @@ def find_visual(module: Any, arguments: dict[str, Any], images: bool) -> Visual 
     for kind, pixels in (("video", "pixel_values_videos"), ("image", "pixel_values")):
         if kind == "image" and not images:
             continue
-        if encoded.get(kind) is not None:
-            grids = arguments.get(f"{kind}_grid_thw")
-            if getattr(encoded[kind], _TAG, None) is not None or grids is None:
-                grids = _grids(encoded[kind])
-            else:
-                grids = grids.tolist()
-        elif arguments.get(pixels) is not None and arguments.get(f"{kind}_grid_thw") is not None:
-            grids = arguments[f"{kind}_grid_thw"].tolist()
-        else:
+        grids = arguments.get(f"{kind}_grid_thw")
+        if encoded.get(kind) is not None and kind in encoded_grids:
+            grids = encoded_grids[kind]
+        elif encoded.get(kind) is None and arguments.get(pixels) is None:
             continue
+        elif grids is not None:
+            grids = grids.tolist()
+        else:
+            raise ValueError(
+                f"expected visual features with their grids ({kind}_grid_thw), got features made before attach or split "
+                "by prefill_chunk_size, which cannot be reduced"
+            )
         token = getattr(config, f"{kind}_token_id")
         if ids is not None:
             place = ids == token

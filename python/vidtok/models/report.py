@@ -123,7 +123,7 @@ class Record:
             tokens_out = tokens_in
         else:
             tokens_out = self.rows.valid().view(len(tokens_in), -1).sum(1).tolist()
-        times = {}
+        times: dict[str, float] = {}
         for stage in ("vision", "decide", "move", "prefill", "decode"):
             if stage in self.spans:
                 times[stage] = sum(span.seconds() for span in self.spans[stage])

@@ -27,8 +27,8 @@ class Call:
         self.logits_to_keep: Any = 0
         self.visual: Visual | None = None
         self.media = False
+        self.grids: dict[str, list[list[int]]] = {}
         self.encoded: list[Span] = []
-        self.vision: Span | None = None
         self.state: State | None = None
         self.record: Record | None = None
         self.stage = ""
@@ -54,6 +54,8 @@ class VisualHook:
         call = self._calls.call = Call(module)
         arguments = families.named_arguments(module, args, kwargs)
         call.logits_to_keep = arguments.get("logits_to_keep", 0)
+        # Read here already: accelerate copies the arguments on their way to the base model.
+        call.grids, call.encoded = families.tags(arguments)
         labels = arguments.get("labels")
         if labels is None:
             return None
@@ -66,14 +68,18 @@ class VisualHook:
     def base_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """On the model without head: find the visual tokens."""
         call = self._call()
+        arguments = families.named_arguments(module, args, kwargs)
         if call is None or call.begun:
             call = self._calls.call = Call(module)
+            call.grids, call.encoded = families.tags(arguments)
         call.begun = True
-        arguments = families.named_arguments(module, args, kwargs)
         call.media = families.has_media(arguments)
         if call.media:
-            call.encoded = families.encoded_spans(arguments)
-            call.visual = families.find_visual(module, arguments, self.images)
+            call.visual = families.find_visual(module, arguments, self.images, call.grids)
+        else:
+            cache = arguments.get("past_key_values")
+            if cache is not None and caches.physical_length(cache) == 0:
+                families.refuse_blind(module, arguments)
 
     def post(self, module: nn.Module, *_: Any) -> None:
         """End of the call that ``module`` began, also after an exception."""
@@ -110,7 +116,8 @@ class VisualHook:
         if state is None and (call is None or not call.media):
             return None
         if embeds is None:
-            embeds = module.get_input_embeddings()(arguments["input_ids"])
+            embed: Any = module.get_input_embeddings
+            embeds = embed()(arguments["input_ids"])
             arguments = {**arguments, "input_ids": None, "inputs_embeds": embeds}
         if call is None:
             call = Call(module)
@@ -179,8 +186,8 @@ class VisualHook:
             first = valid & ~torch.nn.functional.pad(valid[:, :-1], (1, 0))
             labels = labels.masked_fill(first, -100)
             call.labels.resize_(labels.shape).copy_(labels)
-        last = int(columns.max()) if columns.numel() == 1 else int((columns % length).max())
-        call.state = State(mask, dropped + length - width, past + width, past + width - (length - 1 - last), self, record)
+        after = length - 1 - int((columns % length).max())
+        call.state = State(mask, dropped + length - width, past + width, past + width - after, self, record)
         record.add("move", move.stop())
         return changed
 
@@ -322,8 +329,11 @@ def _refuse(arguments: dict[str, Any], call: Call, cache: Any, batch: int) -> No
     if any(arguments.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k")):
         raise ValueError("expected padded rows, got rows packed by cu_seq_lens, which cannot be reduced")
     position = arguments.get("position_ids")
-    text_rows = position is not None and (position.dim() == 2 or position.shape[0] == 4)
-    if text_rows and cache is None and arguments.get("attention_mask") is None:
+    if position is None or cache is not None or arguments.get("attention_mask") is not None:
+        return
+    if position.dim() == 2 or position.shape[0] == 4:
         row = position if position.dim() == 2 else position[0]
         if bool((row.diff(dim=-1) < 0).any()):
-            raise ValueError("expected padded rows, got rows packed by restarting position_ids, which cannot be reduced")
+            raise ValueError(
+                "expected padded rows, got rows packed by restarting position_ids, which cannot be reduced"
+            )

@@ -1,0 +1,250 @@
+"""Caches of a reduced prompt: static ones, beams, later turns, loops by hand, rollbacks."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import vidtok
+from tests.models import tiny
+from vidtok.models import cache as caches
+
+CLOSE = {"rtol": 0, "atol": 2e-5}
+TEXT = torch.arange(20, 27)[None]
+
+
+def prompt(kind, rows):
+    return tiny.batch(kind, tiny.ROWS[:rows])
+
+
+def extended(inputs, tokens):
+    """The prompt with more text behind it."""
+    out = dict(inputs)
+    out["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
+    out["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1)
+    if "mm_token_type_ids" in inputs:
+        types = inputs["mm_token_type_ids"]
+        out["mm_token_type_ids"] = torch.cat([types, types.new_zeros(tokens.shape)], 1)
+    return out
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_static_cache_equals_dynamic(models, kind, rows):
+    model, inputs = models(kind), prompt(kind, rows)
+    with vidtok.attach(model, visual=tiny.drop):
+        dynamic, _ = tiny.generate(model, inputs)
+        for _ in range(2):  # the second call reuses the buffer of the first
+            static, _ = tiny.generate(model, inputs, cache_implementation="static", disable_compile=True)
+            torch.testing.assert_close(static, dynamic, **CLOSE)
+    plain, _ = tiny.generate(model, inputs)
+    static, _ = tiny.generate(model, inputs, cache_implementation="static", disable_compile=True)
+    torch.testing.assert_close(static, plain, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_beam_search(models, kind):
+    model, inputs = models(kind), prompt(kind, 3)
+    options = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False}
+    if kind == "qwen3_vl" and tiny.VERSION[0] == 4:
+        with pytest.raises(RuntimeError):  # listed in families.REFUSED
+            model.generate(**inputs, **options)
+        return
+    with vidtok.attach(model, visual=tiny.merge):
+        cached = model.generate(**inputs, **options)
+        assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
+        for i in range(3):
+            alone = model.generate(**tiny.row(inputs, tiny.ROWS, i), **options)
+            assert torch.equal(cached[i, -4:], alone[0, -4:])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_second_turn_on_the_returned_cache(models, kind, rows):
+    model, inputs = models(kind), prompt(kind, rows)
+    with vidtok.attach(model, visual=tiny.drop):
+        _, first = tiny.generate(model, inputs)
+        turn = extended(inputs, torch.cat([first.sequences[:, -5:], TEXT.expand(rows, -1)], 1))
+        whole, _ = tiny.generate(model, turn, steps=3)
+        for use in ({k: turn[k] for k in ("input_ids", "attention_mask")}, turn):
+            cache = copy.deepcopy(first.past_key_values)
+            assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 4
+            if use is turn and tiny.VERSION[0] == 4:
+                continue  # takes pixels only together with an empty cache
+            if use is turn:
+                use = {k: v for k, v in turn.items() if "pixel" not in k}
+            later, _ = tiny.generate(model, use, steps=3, past_key_values=cache)
+            torch.testing.assert_close(later, whole, **CLOSE)
+
+
+def test_second_turn_needs_the_logical_length(models, monkeypatch):
+    model, inputs = models("qwen2_5_vl"), prompt("qwen2_5_vl", 1)
+    with vidtok.attach(model, visual=tiny.drop):
+        _, first = tiny.generate(model, inputs)
+        turn = extended(inputs, torch.cat([first.sequences[:, -5:], TEXT], 1))
+        whole, _ = tiny.generate(model, turn, steps=1)
+        monkeypatch.setattr(caches.TwoLengths, "get_seq_length", caches.TwoLengths.get_query_offset)
+        text = {k: turn[k] for k in ("input_ids", "attention_mask")}
+        try:
+            later, _ = tiny.generate(model, text, steps=1, past_key_values=first.past_key_values)
+        except (RuntimeError, IndexError, ValueError):
+            return
+        assert (later - whole).abs().max() > 1e-2
+
+
+def by_hand(model, inputs, tokens):
+    """Logits of tokens fed one by one without position ids."""
+    out = model(**inputs, use_cache=True)
+    logits = [out.logits[:, -1]]
+    at = inputs["input_ids"].shape[1]
+    for i in range(tokens.shape[1]):
+        more = {"cache_position": torch.tensor([at + i])} if tiny.VERSION[0] == 4 else {}
+        out = model(input_ids=tokens[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True, **more)
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_loop_by_hand(models, kind, monkeypatch):
+    model, inputs = models(kind), prompt(kind, 1)
+    tokens = TEXT[:, :3]
+    with vidtok.attach(model, visual=tiny.drop):
+        whole = model(**extended(inputs, tokens), use_cache=False).logits[:, -4:]
+        torch.testing.assert_close(by_hand(model, inputs, tokens), whole, **CLOSE)
+        if tiny.VERSION[0] > 4:
+            monkeypatch.setattr(caches.TwoLengths, "get_seq_length", caches.TwoLengths.get_query_offset)
+            assert (by_hand(model, inputs, tokens) - whole).abs().max() > 1e-2
+
+
+def test_decode_needs_the_mask_of_the_reduced_prompt(models, monkeypatch):
+    model, inputs = models("qwen2_5_vl", "sdpa"), prompt("qwen2_5_vl", 3)
+    from vidtok.models.visual import VisualHook
+
+    with vidtok.attach(model, visual=tiny.drop):
+        right, _ = tiny.generate(model, inputs, use_cache=False)
+        monkeypatch.setattr(VisualHook, "_continue", lambda *args: None)
+        try:
+            wrong, _ = tiny.generate(model, inputs)
+        except (RuntimeError, ValueError, IndexError):
+            return
+        assert (wrong - right).abs().max() > 1e-3
+
+
+def test_prompt_lookup_rolls_back(models):
+    model, inputs = models("qwen2_5_vl"), prompt("qwen2_5_vl", 1)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 1}
+    with vidtok.attach(model, visual=tiny.drop):
+        greedy = model.generate(**inputs, **options)
+        lookup = model.generate(**inputs, **options, prompt_lookup_num_tokens=3)
+    # transformers 4.57 may overshoot max_new_tokens when every guess is right.
+    assert torch.equal(greedy, lookup[:, : greedy.shape[1]])
+
+
+def test_several_samples_per_prompt(models):
+    model, inputs = models("qwen2_5_vl"), prompt("qwen2_5_vl", 2)
+    with vidtok.attach(model, visual=tiny.drop):
+        greedy = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        out = model.generate(**inputs, max_new_tokens=4, do_sample=True, top_k=1, num_return_sequences=2)
+    assert torch.equal(out, greedy.repeat_interleave(2, 0))
+
+
+def filled(model, inputs):
+    return model(**inputs, use_cache=True).past_key_values
+
+
+@torch.no_grad()
+def test_cache_keeps_its_class_and_copies(models):
+    from transformers import DynamicCache
+
+    model, inputs = models("qwen2_5_vl"), prompt("qwen2_5_vl", 2)
+    with vidtok.attach(model, visual=tiny.drop):
+        cache = filled(model, inputs)
+        assert isinstance(cache, DynamicCache)
+        assert type(cache).__name__ == "DynamicCache"
+        twin = copy.deepcopy(cache)
+        assert twin.get_seq_length() == cache.get_seq_length() == inputs["input_ids"].shape[1]
+        twin.batch_repeat_interleave(2)
+        assert caches.state_of(twin).mask.shape[0] == 4
+        assert caches.state_of(cache).mask.shape[0] == 2
+        twin.batch_select_indices(torch.tensor([0, 3]))
+        assert torch.equal(caches.state_of(twin).mask, caches.state_of(cache).mask)
+        twin.reorder_cache(torch.tensor([1, 0]))
+        assert torch.equal(caches.state_of(twin).mask, caches.state_of(cache).mask.flip(0))
+        with pytest.raises(ValueError, match="attached model"):
+            pickle.dumps(cache)
+
+
+@torch.no_grad()
+def test_crop_keeps_to_the_text(models):
+    model, inputs = models("qwen2_5_vl"), prompt("qwen2_5_vl", 1)
+    with vidtok.attach(model, visual=tiny.drop):
+        cache = filled(model, inputs)
+        held = cache.layers[0].get_seq_length()
+        cache.crop(-2)
+        assert cache.get_seq_length() == inputs["input_ids"].shape[1] - 2
+        assert cache.layers[0].get_seq_length() == held - 2
+        if tiny.VERSION < (5, 18):
+            cache.crop(inputs["input_ids"].shape[1] - 3)
+            assert cache.layers[0].get_seq_length() == held - 3
+        with pytest.raises(ValueError, match="expected to keep at least"):
+            cache.crop(-20)
+
+
+def test_reset_forgets_the_reduction(models):
+    model, inputs = models("qwen2_5_vl"), prompt("qwen2_5_vl", 1)
+    text = {"input_ids": TEXT, "attention_mask": torch.ones_like(TEXT)}
+    plain, _ = tiny.generate(model, text)
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
+    with vidtok.attach(model, visual=tiny.drop):
+        tiny.generate(model, inputs, past_key_values=cache, disable_compile=True)
+        assert cache.get_seq_length() > cache.layers[0].get_seq_length()
+        cache.reset()
+        assert caches.state_of(cache) is None
+        again, _ = tiny.generate(model, text, past_key_values=cache, disable_compile=True)
+    torch.testing.assert_close(again, plain, **CLOSE)
+
+
+def test_cache_of_a_removed_attachment_is_refused(models):
+    model, inputs = models("qwen2_5_vl"), prompt("qwen2_5_vl", 1)
+    with vidtok.attach(model, visual=tiny.drop):
+        cache = filled(model, inputs)
+    with pytest.raises(ValueError, match="attachment was removed"):
+        model(input_ids=TEXT, past_key_values=cache)
+
+
+@pytest.mark.skipif(tiny.VERSION[0] == 4, reason="the unreduced model drops pixels of later turns")
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_second_turn_with_another_video(models, kind):
+    model = models(kind)
+    turns = [[("video", 4, 84), ("video", 6, 56)]]
+    whole = tiny.batch(kind, turns)
+    end = int((whole["input_ids"][0] == tiny.END).nonzero()[-1 if kind != "qwen3_vl" else -3])
+    begin = whole["input_ids"][0, : end + 1]
+    cut = int((begin == tiny.START).nonzero()[-1]) - 1
+    first_patches = int(whole["video_grid_thw"][0].prod())
+
+    def part(low, high, videos, patches):
+        out = {k: whole[k][:, low:high] for k in ("input_ids", "mm_token_type_ids")}
+        out["attention_mask"] = whole["attention_mask"][:, :high]
+        return out | {
+            "video_grid_thw": whole["video_grid_thw"][videos], "pixel_values_videos": whole["pixel_values_videos"][patches]
+        }  # fmt: skip
+
+    with vidtok.attach(model, visual=tiny.merge):
+        expected = model(**whole, use_cache=False).logits[:, -3:]
+        positions = model.model.get_rope_index(**{k: whole[k] for k in (
+            "input_ids", "mm_token_type_ids", "video_grid_thw", "attention_mask")})[0]  # fmt: skip
+        out = model(
+            **part(0, cut, slice(0, 1), slice(0, first_patches)), position_ids=positions[..., :cut], use_cache=True
+        )
+        out = model(
+            **part(cut, None, slice(1, 2), slice(first_patches, None)),
+            position_ids=positions[..., cut:],
+            past_key_values=out.past_key_values,
+        )
+        torch.testing.assert_close(out.logits[:, -3:], expected, **CLOSE)
