@@ -1,0 +1,1 @@
+"""Published algorithms in eager torch, written from their formulas, and what a careful user would write instead."""
