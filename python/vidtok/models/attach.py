@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vidtok import _check
+from vidtok import _check, spec
 from vidtok.models import families
 from vidtok.models.report import Report
 from vidtok.models.visual import VisualHook
@@ -122,7 +122,7 @@ def attach(
     if visual is None:
         raise ValueError("expected visual= to name a method such as 'uniform:ratio=0.5', got nothing to attach")
     places = families.locate(model)
-    method = _method(visual)
+    method = spec.resolve(visual)
     if any(isinstance(h, _Hook) and h.place == "visual" for h in places.language_model._forward_pre_hooks.values()):
         raise ValueError("expected a model without attachment at the language-model input, got one; restore() it first")
     hook = VisualHook(places, method, position)
@@ -145,11 +145,3 @@ def attach(
         after(places.language_model, hook.language_post),
     ]
     return Handle(hook, handles, str(method))
-
-
-def _method(visual: Any) -> Any:
-    if callable(visual) and not isinstance(visual, str):
-        return visual
-    from vidtok import spec
-
-    return spec.resolve(visual)
