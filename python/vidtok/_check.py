@@ -11,6 +11,9 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The reference also serves as the fp64 oracle of the tests.
 _FLOAT_DTYPES_OR_ORACLE = frozenset((*FLOAT_DTYPES, torch.float64))
 
+# Reading the commonest shapes anew would cost a microsecond per call.
+_RANKS = {"[N]": (1,), "[N, C]": (2,), "[N] or [B, N]": (1, 2), "[B, T, C]": (3,), "[B, Hq, W, D]": (4,)}
+
 
 def describe(value: object) -> str:
     """Short description of an argument for an error message."""
@@ -30,13 +33,20 @@ def float_tensor(x: object, name: str, shape: str) -> None:
         fail(f"{name} to be a tensor of shape {shape}", type(x).__name__, TypeError)
     if x.dtype not in _FLOAT_DTYPES_OR_ORACLE:
         fail(f"{name} in float32, bfloat16 or float16", str(x.dtype), TypeError)
-    ranks = [s.count(",") + 1 for s in shape.split(" or ")]
+    ranks = _RANKS.get(shape) or tuple(s.count(",") + 1 for s in shape.split(" or "))
     if x.dim() not in ranks:
         fail(f"{name} of shape {shape}", str(list(x.shape)))
 
 
-def last_dim_contiguous(x: Tensor) -> Tensor:
-    """``x`` itself when its last dimension is contiguous, else one contiguous copy."""
+def contiguous(x: Tensor) -> Tensor:
+    """``x`` itself when it is contiguous, else one copy."""
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def decided_from(x: Tensor) -> Tensor:
+    """``x`` without its gradient and contiguous; decisions are not differentiable."""
+    if x.requires_grad:
+        x = x.detach()
     return x if x.is_contiguous() else x.contiguous()
 
 

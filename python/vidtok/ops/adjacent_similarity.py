@@ -80,20 +80,20 @@ def adjacent_similarity(
         _check.fail(f"to among {', '.join(reference.MODES)}", repr(to))
     grid = _grid.as_tensor(grid_thw)
     n = x.shape[0]
-    x = _check.last_dim_contiguous(x.detach())
+    x = _check.decided_from(x)
     num_out: int = n
     window_tensor = None
     if to == "window":
         if window is None:
             _check.fail("window as frames per segment with to='window'", "None")
         window_tensor = torch.as_tensor(window, dtype=torch.int64).cpu()
-        num_out = -1 if torch.compiler.is_compiling() else _window_slots(_grid.rows(grid), window_tensor.tolist(), n)
+        num_out = -1 if torch.compiler.is_compiling() else reference.window_slots(_grid.rows(grid), window_tensor.tolist(), n)
     elif not torch.compiler.is_compiling():
         _grid.check_total(_grid.rows(grid), n)
     if to == "center":
         if center is None or center.dim() != 2 or center.shape[1] != x.shape[1] or center.dtype != x.dtype:
             _check.fail(f"center of shape [S, {x.shape[1]}] in {x.dtype}", center)
-        center = center.detach().contiguous()
+        center = _check.decided_from(center)
         if cu_seqlens is None:
             lengths = grid.prod(1)
             cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
@@ -104,20 +104,3 @@ def adjacent_similarity(
     else:
         center = cu_seqlens = None
     return _op(x, grid, reference.MODES.index(to), window_tensor, center, cu_seqlens, num_out)
-
-
-def _window_slots(grid_rows: list[list[int]], windows: list[int], total: int) -> int:
-    """Number of (segment, slot) pairs, after checking that the segments cover each video."""
-    _grid.check_total(grid_rows, total)
-    out, segment = 0, 0
-    for t, h, w in grid_rows:
-        covered = 0
-        while covered < t and segment < len(windows) and windows[segment] > 0:
-            covered += windows[segment]
-            out += h * w
-            segment += 1
-        if covered != t:
-            _check.fail(f"window lengths that cover the {t} frames of each video", str(windows))
-    if segment != len(windows):
-        _check.fail(f"{segment} window lengths over grids {grid_rows}", f"{len(windows)}")
-    return out

@@ -124,7 +124,7 @@ def attention_topk(
         num_index = budgets[0] * groups
     return Selected(
         *_op(
-            _check.last_dim_contiguous(query.detach()), _keys(key.detach()), budgets, span_tensor, group_tensor,
+            _check.decided_from(query), _keys(key.detach() if key.requires_grad else key), budgets, span_tensor, group_tensor,
             d**-0.5 if scale is None else float(scale), mask, query_position, reduce == "max", num_index, num_score,
         )
     )  # fmt: skip

@@ -115,8 +115,8 @@ def _prepare(
     if size is not None:
         if size.dtype != torch.float32 or tuple(size.shape) != lead:
             _check.fail(f"size of float32 {list(lead)}", size)
-        size = size.detach().contiguous()
-    return _check.last_dim_contiguous(metric.detach()), size, prefix, mask, cu_seqlens, lead
+        size = _check.decided_from(size)
+    return _check.decided_from(metric), size, prefix, mask, cu_seqlens, lead
 
 
 def _plan(lists: tuple[Tensor, ...], lead: tuple[int, ...]) -> Plan:
@@ -210,7 +210,7 @@ def bipartite_merge(
     if tuple(x.shape[:-1]) != lead:
         _check.fail(f"x of shape [{', '.join(map(str, lead))}, C]", str(list(x.shape)))
     op = _merge_grad if needs_grad(x) else _merge
-    merged, total, *lists = op(_check.last_dim_contiguous(x), checked, r, size, prefix, mask, cu_seqlens)
+    merged, total, *lists = op(_check.contiguous(x), checked, r, size, prefix, mask, cu_seqlens)
     plan = _plan(tuple(lists), lead)
     if len(lead) == 1:
         return Merged(merged, total, plan)

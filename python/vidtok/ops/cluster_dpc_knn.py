@@ -85,4 +85,4 @@ def cluster_dpc_knn(
             _check.fail(f"num_clusters as one number or one for each of {segments} segments", str(list(counts.shape)))
         if not torch.compiler.is_compiling():
             num_center = int(counts.sum())
-    return Clusters(*_op(_check.last_dim_contiguous(x.detach()), counts, k, cu_seqlens, num_center))
+    return Clusters(*_op(_check.decided_from(x), counts, k, cu_seqlens, num_center))

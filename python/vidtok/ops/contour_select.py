@@ -95,5 +95,5 @@ def contour_select(
         if tuple(query.shape) != (sequences, x.shape[1]):
             _check.fail(f"query of shape [{x.shape[1]}] or [{sequences}, {x.shape[1]}]", str(list(query.shape)))
         query = query.detach().to(x.dtype).contiguous()
-    features = _check.last_dim_contiguous(x.detach())
+    features = _check.decided_from(x)
     return Contour(*_op(features, budgets, query, rank, reference.RULES.index(rule), seed, cu_seqlens))

@@ -114,7 +114,7 @@ def pool_packed(
         num_out = sum(t * h * w for t, h, w in out)
         grid_out = torch.tensor(out, dtype=torch.int64).reshape(-1, 3)
     op = _op_grad if needs_grad(x) else _op
-    return Pooled(op(_check.last_dim_contiguous(x), grid, grid_out, num_out), grid_out)
+    return Pooled(op(_check.contiguous(x), grid, grid_out, num_out), grid_out)
 
 
 def _target(h: int, w: int, level: float | None, out_hw: tuple[int, int] | None) -> tuple[int, int]:

@@ -11,17 +11,18 @@ from torch import Tensor
 from vidtok import _check
 from vidtok.kernels.native import position_remap as native
 from vidtok.kernels.reference import position_remap as reference
-from vidtok.ops._library import define, needs_grad
+from vidtok.ops._library import define
 from vidtok.plan import Plan
 
 
-def _fake(anchor: Tensor, tensors: list[Tensor], fill: Any) -> list[Tensor]:
-    return [t.new_empty(t.shape[0], anchor.shape[0], t.shape[2]) for t in tensors]
+def _fake(anchor: Tensor, tensors: list[Tensor], dims: Any, dense: Any, length: Any, fill: Any) -> list[Tensor]:
+    m = anchor.shape[0]
+    return [t.new_empty(reference.result_shape(t.shape, d, e, m, length)) for t, d, e in zip(tensors, dims, dense)]
 
 
 _op = define(
     "position_remap",
-    "(Tensor anchor, Tensor[] tensors, float[] fill) -> Tensor[]",
+    "(Tensor anchor, Tensor[] tensors, int[] dims, int[] dense, SymInt length, float[] fill) -> Tensor[]",
     reference.position_remap,
     _fake,
     native.position_remap,
@@ -56,60 +57,43 @@ def position_remap(
         >>> vidtok.ops.position_remap(plan, torch.tensor([[5, 6]]))
         (tensor([[5, 6]]),)
     """
-    dims = [dim] * len(tensors) if isinstance(dim, int) else list(dim)
-    fills = [float(fill)] * len(tensors) if isinstance(fill, (int, float)) else [float(f) for f in fill]
-    if len(dims) != len(tensors) or len(fills) != len(tensors):
-        _check.fail(f"dim and fill for {len(tensors)} tensors", f"{len(dims)} and {len(fills)}")
-    if not tensors:
+    count = len(tensors)
+    dims = [dim] * count if isinstance(dim, int) else list(dim)
+    fills = [float(fill)] * count if isinstance(fill, (int, float)) else [float(f) for f in fill]
+    if len(dims) != count or len(fills) != count:
+        _check.fail(f"dim and fill for {count} tensors", f"{len(dims)} and {len(fills)}")
+    if not count:
         return ()
-    views, shapes = [], []
-    for t, d in zip(tensors, dims):
-        view, shape = _as_rows(plan, t, d)
-        views.append(view)
-        shapes.append(shape)
-    if any(needs_grad(t) for t in tensors):
-        out = _differentiable(plan.anchor, views, fills)
-    else:
-        out = _op(plan.anchor, views, fills)
-    return tuple(t.view(s) for t, s in zip(out, shapes))
+    dense, inputs, differentiable = [0] * count, list(tensors), False
+    for i, t in enumerate(tensors):
+        dims[i], dense[i] = _place(plan, t.shape, dims[i])
+        if not t.is_contiguous():
+            inputs[i] = t.contiguous()
+        if t.requires_grad:
+            differentiable = True
+    length = 0 if plan.length_out is None else plan.length_out
+    if differentiable and torch.is_grad_enabled():
+        return tuple(reference.remap_one(plan.anchor, *args, length) for args in zip(inputs, dims, dense, fills))
+    return tuple(_op(plan.anchor, inputs, dims, dense, length, fills))
 
 
-def _as_rows(plan: Plan, t: Tensor, dim: int) -> tuple[Tensor, list[int]]:
-    """``[outer, N, inner]`` view and the shape of the result."""
-    shape = list(t.shape)
-    if not -len(shape) <= dim < len(shape):
-        _check.fail(f"dim inside a tensor of shape {shape}", str(dim))
-    dim %= len(shape)
-    b, t_in, t_out = plan.num_sequences, plan.length_in, plan.length_out
-    dense = dim > 0 and t_in is not None and shape[dim] == t_in and shape[dim - 1] == b
-    if dense and (b != 1 or shape[dim] != plan.num_in or shape[dim - 1] == 1):
-        if t_out is None:
+def _place(plan: Plan, shape: torch.Size, dim: int) -> tuple[int, int]:
+    """The token dimension counted from 0, and 1 when it and the one before it are a dense batch."""
+    rank = len(shape)
+    if not -rank <= dim < rank:
+        _check.fail(f"dim inside a tensor of shape {list(shape)}", str(dim))
+    if dim < 0:
+        dim += rank
+    size, length = shape[dim], plan.length_in
+    if length is not None and dim > 0 and size == length and shape[dim - 1] == plan.num_sequences:
+        if plan.length_out is None:
             raise ValueError(
-                f"expected equal output counts in every sequence for a tensor of shape {shape}, got differing ones"
+                f"expected equal output counts in every sequence for a tensor of shape {list(shape)}, got differing ones"
             )
-        first, target = dim - 1, [b, t_out]
-    elif shape[dim] == plan.num_in:
-        first, target = dim, [plan.num_out]
-    else:
+        return dim, 1
+    if size != plan.num_in:
         expected = f"{plan.num_in} entries along dim {dim}"
-        if t_in is not None:
-            expected += f", or ({b}, {t_in}) ending there"
-        _check.fail(expected, f"shape {shape}")
-    inner = 1
-    for size in shape[dim + 1 :]:
-        inner *= size
-    outer = 1
-    for size in shape[:first]:
-        outer *= size
-    rows = t if t.is_contiguous() else t.contiguous()
-    return rows.view(outer, plan.num_in, inner), [*shape[:first], *target, *shape[dim + 1 :]]
-
-
-def _differentiable(anchor: Tensor, views: list[Tensor], fills: list[float]) -> list[Tensor]:
-    index, pad = anchor.long().clamp(min=0), (anchor < 0)[None, :, None]
-    return [v.index_select(1, index).masked_fill(pad, f) if v.shape[1] else _empty(v, anchor, f)
-            for v, f in zip(views, fills)]  # fmt: skip
-
-
-def _empty(view: Tensor, anchor: Tensor, fill: float) -> Tensor:
-    return view.new_full((view.shape[0], anchor.shape[0], view.shape[2]), fill)
+        if length is not None:
+            expected += f", or ({plan.num_sequences}, {length}) ending there"
+        _check.fail(expected, f"shape {list(shape)}")
+    return dim, 0

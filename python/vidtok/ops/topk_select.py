@@ -65,7 +65,7 @@ def topk_select(score: Tensor, keep: int | Sequence[int], *, cu_seqlens: Tensor 
         cu_seqlens = _check.cu_seqlens(cu_seqlens, n)
         if len(budgets) not in (1, cu_seqlens.shape[0] - 1):
             _check.fail(f"one keep or one for each of {cu_seqlens.shape[0] - 1} segments", f"{len(budgets)}")
-    return _op(score.detach() if score.is_contiguous() else score.detach().contiguous(), budgets, cu_seqlens)
+    return _op(_check.decided_from(score), budgets, cu_seqlens)
 
 
 def _rows(score: Tensor, keep: int | Sequence[int], cu_seqlens: Tensor | None) -> Tensor:

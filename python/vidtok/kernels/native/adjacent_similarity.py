@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vidtok.kernels.native import DTYPE_CODE, check, extension, num_threads, pointer
+from vidtok.kernels.reference.adjacent_similarity import window_slots
 from vidtok.kernels.reference.adjacent_similarity import MODES
 
 _WINDOW = MODES.index("window")
@@ -30,7 +31,8 @@ def adjacent_similarity(
     if mode != _WINDOW:
         num_out = n
     elif num_out < 0:
-        return NotImplemented
+        assert window is not None
+        num_out = window_slots(grid.tolist(), window.tolist(), n)
     out = x.new_empty(num_out, dtype=torch.float32)
     status = extension().adjacent_similarity(
         x.data_ptr(), out.data_ptr(), dtype, n, c, x.stride(0), pointer(grid), grid.shape[0], mode,

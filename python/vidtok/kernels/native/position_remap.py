@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vidtok.kernels.native import check, extension, num_threads, pointer
+from vidtok.kernels.reference.position_remap import result_shape
 
 _fill_bits: dict[tuple[torch.dtype, float], int] = {}
 
@@ -23,19 +25,29 @@ def _bits(dtype: torch.dtype, value: float) -> int:
     return known
 
 
-def position_remap(anchor: Tensor, tensors: list[Tensor], fill: list[float]) -> Any:
+def position_remap(
+    anchor: Tensor, tensors: list[Tensor], dims: list[int], dense: list[int], length: int, fill: list[float]
+) -> Any:
     """See :func:`vidtok.kernels.reference.position_remap.position_remap`."""
     m = anchor.shape[0]
     out, flat = [], []
     n = 0
-    for t, value in zip(tensors, fill):
-        size = t.element_size()
-        if size > 8 or not t.is_contiguous():
+    for t, dim, batch, value in zip(tensors, dims, dense, fill):
+        size = t.itemsize
+        shape = t.shape
+        if size > 8:
             return NotImplemented
-        outer, n, inner = t.shape
-        y = t.new_empty(outer, m, inner)
+        if len(shape) == 2 and dim == 1:  # [B, L] or [rows, N]
+            outer, inner = (1, 1) if batch else (shape[0], 1)
+            n = shape[1] * shape[0] if batch else shape[1]
+            y = t.new_empty(shape[0], length if batch else m)
+        else:
+            first = dim - batch
+            n = shape[first] * shape[dim] if batch else shape[dim]
+            outer, inner = math.prod(shape[:first]), math.prod(shape[dim + 1 :])
+            y = t.new_empty(result_shape(shape, dim, batch, m, length))
         out.append(y)
-        flat += (t.data_ptr(), y.data_ptr(), outer, inner * size, size, _bits(t.dtype, value))
+        flat += (t.data_ptr(), y.data_ptr(), outer, inner * size, size, _bits(t.dtype, value) if value else 0)
     status = extension().position_remap(pointer(anchor), n, m, flat, num_threads())
     if status:
         check(status, "position_remap")

@@ -5,9 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vidtok import _check
 from vidtok.kernels.reference._numerics import accumulate_dtype, bounds, inverse_norm, round_cosine
 
 MODES = ("previous", "window", "center")
+
+
+def window_slots(grid_rows: list[list[int]], windows: list[int], total: int) -> int:
+    """Number of (segment, slot) pairs, after checking that the segments cover each video."""
+    held = sum(t * h * w for t, h, w in grid_rows)
+    if held != total:
+        _check.fail(f"grid_thw that holds the {total} tokens of x", f"{grid_rows} with {held}")
+    out, segment = 0, 0
+    for t, h, w in grid_rows:
+        covered = 0
+        while covered < t and segment < len(windows) and windows[segment] > 0:
+            covered += windows[segment]
+            out += h * w
+            segment += 1
+        if covered != t:
+            _check.fail(f"window lengths that cover the {t} frames of each video", str(windows))
+    if segment != len(windows):
+        _check.fail(f"{segment} window lengths over grids {grid_rows}", f"{len(windows)}")
+    return out
 
 
 def adjacent_similarity(
