@@ -11,6 +11,7 @@ import torch
 import vidtok
 from tests.models import tiny
 from vidtok.models import cache as caches
+from vidtok.models.visual import VisualHook
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 TEXT = torch.arange(20, 27)[None]
@@ -43,6 +44,39 @@ def test_static_cache_equals_dynamic(models, kind, rows):
     plain, _ = tiny.generate(model, inputs)
     static, _ = tiny.generate(model, inputs, cache_implementation="static", disable_compile=True)
     torch.testing.assert_close(static, plain, **CLOSE)
+
+
+def test_static_masks_must_be_rebuilt(models, monkeypatch):
+    model, inputs = models("qwen2_5_vl"), prompt("qwen2_5_vl", 3)
+    prefill = VisualHook._prefill
+
+    def masks_of_the_unreduced_prompt(self, module, call, arguments, *rest):
+        changed = prefill(self, module, call, arguments, *rest)
+        changed["attention_mask"] = arguments["attention_mask"]
+        return changed
+
+    monkeypatch.setattr(VisualHook, "_prefill", masks_of_the_unreduced_prompt)
+    with vidtok.attach(model, visual=tiny.drop), pytest.raises((RuntimeError, ValueError, AttributeError)):
+        tiny.generate(model, inputs, cache_implementation="static", disable_compile=True)
+
+
+def test_static_cache_that_is_too_small(models):
+    from transformers import StaticCache
+
+    model, inputs = models("qwen2_5_vl"), prompt("qwen2_5_vl", 1)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=20)
+    with vidtok.attach(model, visual=tiny.drop), pytest.raises(ValueError, match="at most 20 tokens"):
+        model(**inputs, past_key_values=cache)
+
+
+def test_sliding_windows():
+    options = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+    model, inputs = tiny.make("qwen2_vl", **options), prompt("qwen2_vl", 1)
+    assert "sliding_attention" in model.config.get_text_config().layer_types
+    with vidtok.attach(model, visual=tiny.drop):
+        cached, _ = tiny.generate(model, inputs)
+        uncached, _ = tiny.generate(model, inputs, use_cache=False)
+    torch.testing.assert_close(cached, uncached, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -121,8 +155,6 @@ def test_loop_by_hand(models, kind, monkeypatch):
 
 def test_decode_needs_the_mask_of_the_reduced_prompt(models, monkeypatch):
     model, inputs = models("qwen2_5_vl", "sdpa"), prompt("qwen2_5_vl", 3)
-    from vidtok.models.visual import VisualHook
-
     with vidtok.attach(model, visual=tiny.drop):
         right, _ = tiny.generate(model, inputs, use_cache=False)
         monkeypatch.setattr(VisualHook, "_continue", lambda *args: None)
@@ -217,34 +249,30 @@ def test_cache_of_a_removed_attachment_is_refused(models):
         model(input_ids=TEXT, past_key_values=cache)
 
 
-@pytest.mark.skipif(tiny.VERSION[0] == 4, reason="the unreduced model drops pixels of later turns")
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_second_turn_with_another_video(models, kind):
-    model = models(kind)
-    turns = [[("video", 4, 84), ("video", 6, 56)]]
-    whole = tiny.batch(kind, turns)
-    end = int((whole["input_ids"][0] == tiny.END).nonzero()[-1 if kind != "qwen3_vl" else -3])
-    begin = whole["input_ids"][0, : end + 1]
-    cut = int((begin == tiny.START).nonzero()[-1]) - 1
-    first_patches = int(whole["video_grid_thw"][0].prod())
+    model, whole = models(kind), tiny.batch(kind, [[("video", 4, 84), ("video", 6, 56)]])
+    last_video = -3 if kind == "qwen3_vl" else -1  # three runs of one frame
+    cut = int((whole["input_ids"][0] == tiny.START).nonzero()[last_video]) - 1
+    patches = int(whole["video_grid_thw"][0].prod())
 
-    def part(low, high, videos, patches):
-        out = {k: whole[k][:, low:high] for k in ("input_ids", "mm_token_type_ids")}
+    def part(low, high, videos, pixels):
+        names = ("input_ids", "mm_token_type_ids", "attention_mask")
+        out = {k: whole[k][:, low:high] for k in names if k in whole}
         out["attention_mask"] = whole["attention_mask"][:, :high]
-        return out | {
-            "video_grid_thw": whole["video_grid_thw"][videos], "pixel_values_videos": whole["pixel_values_videos"][patches]
-        }  # fmt: skip
+        out["video_grid_thw"] = whole["video_grid_thw"][videos]
+        out["pixel_values_videos"] = whole["pixel_values_videos"][pixels]
+        if tiny.VERSION[0] == 4:
+            out["cache_position"] = torch.arange(whole["input_ids"].shape[1])[low:high]
+        return out
 
+    names = ("input_ids", "mm_token_type_ids", "video_grid_thw", "attention_mask")
+    positions = model.model.get_rope_index(**{k: whole[k] for k in names if k in whole})[0]
     with vidtok.attach(model, visual=tiny.merge):
         expected = model(**whole, use_cache=False).logits[:, -3:]
-        positions = model.model.get_rope_index(**{k: whole[k] for k in (
-            "input_ids", "mm_token_type_ids", "video_grid_thw", "attention_mask")})[0]  # fmt: skip
-        out = model(
-            **part(0, cut, slice(0, 1), slice(0, first_patches)), position_ids=positions[..., :cut], use_cache=True
-        )
-        out = model(
-            **part(cut, None, slice(1, 2), slice(first_patches, None)),
-            position_ids=positions[..., cut:],
-            past_key_values=out.past_key_values,
-        )
-        torch.testing.assert_close(out.logits[:, -3:], expected, **CLOSE)
+        first = part(0, cut, slice(0, 1), slice(0, patches))
+        cache = model(**first, position_ids=positions[..., :cut], use_cache=True).past_key_values
+        second = part(cut, None, slice(1, 2), slice(patches, None))
+        out = model(**second, position_ids=positions[..., cut:], past_key_values=cache)
+    torch.testing.assert_close(out.logits[:, -3:], expected, **CLOSE)
+    assert cache.get_seq_length() == whole["input_ids"].shape[1]

@@ -138,9 +138,14 @@ def test_grids_are_those_of_the_videos(models, kind):
     assert seen[0][0] == (sum(t * h * w for t, h, w in merged), 64)
 
 
+@pytest.mark.parametrize("seconds", [None, 0.5, 1.7])
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_positions_are_kept(models, kind):
+def test_positions_are_kept(models, kind, seconds):
     model, inputs = models(kind), tiny.batch(kind, tiny.ROWS)
+    if seconds is not None:
+        if kind != "qwen2_5_vl":
+            return
+        inputs["second_per_grid_ts"] = torch.tensor([seconds] * 4)
     with into_language_model(model) as plain:
         tiny.generate(model, inputs, steps=3)
     plans = []
@@ -251,6 +256,32 @@ def test_gaps_in_text_positions_are_not_packed_rows(models, kind, monkeypatch):
         monkeypatch.setattr(VisualHook, "_prefill", without_mask)
         wrong = model(**bare, position_ids=four, use_cache=False).logits
         assert (wrong - right).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_flash_attention_sees_no_packed_rows(models, kind):
+    from transformers.modeling_flash_attention_utils import _is_packed_sequence as packed
+
+    model, inputs = models(kind), tiny.batch(kind, tiny.ROWS[:1])
+    length = inputs["input_ids"].shape[1]
+    with into_language_model(model) as plain:
+        model(**inputs, use_cache=False)
+    text = torch.arange(length)[None]
+    four = torch.cat([text[None], plain[0]["position_ids"][-3:]])
+    plans = []
+
+    def method(features, grid_thw):
+        plans.append(tiny.drop(features, grid_thw))
+        return plans[-1]
+
+    with vidtok.attach(model, visual=method), into_language_model(model) as reduced:
+        model(**inputs, position_ids=four, use_cache=False)
+    assert not packed(reduced[0]["position_ids"][0], 1)
+    kept = torch.ones(length, dtype=torch.bool)
+    columns = (inputs["input_ids"][0] == tiny.VIDEO).nonzero().squeeze(1)
+    kept[columns] = False
+    kept[columns[plans[0].anchor.long()]] = True
+    assert packed(text[:, kept], 1)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

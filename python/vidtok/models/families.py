@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidtok.models import cache as caches
 from vidtok.models.report import Span, Unit
 
 #: Model type -> stem of its class names in transformers.
@@ -22,7 +23,7 @@ REFUSED = (
     ("nn.DataParallel", "all", "its replicas share one model object; use DistributedDataParallel"),
     ("prompt-learning PEFT adapters", "all", "virtual tokens shift the columns of the prompt"),
     ("beam search and num_return_sequences with Qwen3-VL videos", "4.57", "the unreduced model raises in generate"),
-    ("a second turn that brings a new video", "4.57", "the unreduced model drops the pixels of later turns"),
+    ("generate() on a later turn with a new video", "4.57", "the unreduced model drops its pixels"),
     ("a decoding loop of one's own without cache_position", "4.57", "the unreduced model restarts positions at 0"),
     ("pickling a cache that holds a reduced prompt", "all", "only an attached model can continue it"),
 )
@@ -152,8 +153,10 @@ def has_media(arguments: dict[str, Any]) -> bool:
 
 def refuse_blind(module: Any, arguments: dict[str, Any]) -> None:
     """Raise for a prompt whose video tokens come without pixels, as prefill_chunk_size makes them on 5.17."""
-    ids = arguments.get("input_ids")
-    if ids is not None and ids.shape[1] > 1 and bool((ids == module.config.video_token_id).any()):
+    ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+    if ids is None or ids.shape[1] < 2 or cache is None or caches.physical_length(cache):
+        return
+    if bool((ids == module.config.video_token_id).any()):
         raise ValueError(
             "expected pixels with the video tokens of a new prompt, got none (prefill_chunk_size cannot be reduced)"
         )
@@ -187,8 +190,8 @@ def find_visual(
             grids = grids.tolist()
         else:
             raise ValueError(
-                f"expected visual features with their grids ({kind}_grid_thw), got features made before attach or split "
-                "by prefill_chunk_size, which cannot be reduced"
+                f"expected visual features with their grids ({kind}_grid_thw), got features made before attach or "
+                "split by prefill_chunk_size, which cannot be reduced"
             )
         token = getattr(config, f"{kind}_token_id")
         if ids is not None:

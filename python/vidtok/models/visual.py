@@ -77,9 +77,7 @@ class VisualHook:
         if call.media:
             call.visual = families.find_visual(module, arguments, self.images, call.grids)
         else:
-            cache = arguments.get("past_key_values")
-            if cache is not None and caches.physical_length(cache) == 0:
-                families.refuse_blind(module, arguments)
+            families.refuse_blind(module, arguments)
 
     def post(self, module: nn.Module, *_: Any) -> None:
         """End of the call that ``module`` began, also after an exception."""
@@ -257,6 +255,7 @@ class VisualHook:
             return consecutive.expand(3 if position is None or position.dim() == 2 else position.shape[0], -1, -1)
         if position is None:
             position = torch.arange(logical, logical + length, device=valid.device).expand(3, batch, length)
+        position = position.to(valid.device)
         (kept,) = ops.position_remap(rows, position.expand(*position.shape[:-2], batch, length), dim=-1)
         if kept.dim() == 3 and kept.shape[0] == 4:
             # Row 0 only tells packed rows apart: gaps in it would be read as borders between sequences.
@@ -268,7 +267,7 @@ class VisualHook:
     @staticmethod
     def _deepstack(changed: dict[str, Any], plan: Plan, rows: Plan, columns: Tensor, real: Tensor) -> None:
         """Deepstack rows are the visual tokens in packed order: the same plan, counted in them."""
-        visual = changed["visual_pos_masks"]
+        visual = changed["visual_pos_masks"].to(columns.device)
         flat = visual.reshape(-1)
         rank = flat.long().cumsum(0) - 1
         count = torch.tensor([0, int(rank[-1]) + 1], dtype=torch.int32, device=columns.device)
@@ -279,7 +278,7 @@ class VisualHook:
             ops.plan_apply(inner if e.device == columns.device else inner.to(e.device), e)
             for e in changed["deepstack_visual_embeds"]
         ]
-        (kept,) = ops.position_remap(rows, visual.to(columns.device), dim=-1, fill=0)
+        (kept,) = ops.position_remap(rows, visual, dim=-1, fill=0)
         changed["visual_pos_masks"] = kept
 
 
@@ -296,9 +295,7 @@ def _mask(state: State | None, new: Tensor, past: int, cache: Any) -> tuple[Tens
         mask = new.new_ones(new.shape[0], size) if state is None or state.mask is None else state.mask
         if width > size:
             _check.fail(f"at most {size} tokens in a static cache", str(width))
-        if state is None or not torch.equal(mask[:, past:width], new):
-            mask = mask.clone()
-            mask[:, past:width] = new
+        mask[:, past:width] = new
         return mask.long(), mask
     old = new.new_ones(new.shape[0], past) if state is None or state.mask is None else state.mask[:, :past]
     mask = torch.cat([old, new], dim=1)
