@@ -76,16 +76,16 @@ check-docs: install
 	$(TIMED) docs 2 env $(HF_OFFLINE) scripts/docs $(PYTHON)
 
 check-examples: install
-	$(TIMED) examples 3 env $(HF_OFFLINE) $(PYTEST) tests/examples
+	$(TIMED) examples 4 env $(HF_OFFLINE) $(PYTEST) tests/models/test_examples.py
 
 check-bench-smoke: install
 	$(TIMED) bench-smoke 3 scripts/bench_smoke $(PYTHON)
 
 check-slow: install
-	$(TIMED) slow 6 env $(HF_OFFLINE) $(PYTEST) -m "slow and not packaging" tests
+	$(TIMED) slow 6 env $(HF_OFFLINE) $(PYTEST) -m "slow and not packaging" --ignore tests/models/test_examples.py tests
 
 bench: install
-	$(PYTHON) -m bench
+	$(PYTHON) -m bench $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache python/*.egg-info python/vidtok/_C.*.so
