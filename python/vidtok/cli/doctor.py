@@ -161,7 +161,7 @@ def _processor() -> list[tuple[str, str]]:
     model = next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
-    rows.append(("processor", model or "unknown"))
+    rows.append(("processor", model or platform.processor() or "unknown"))
     flags = set(next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), []))
     rows.append(("has", " ".join(f for f in _FLAGS if f in flags) or "unknown"))
     rows.append(("has not", " ".join(f for f in _FLAGS if f not in flags) if flags else "unknown"))

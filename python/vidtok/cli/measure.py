@@ -7,7 +7,7 @@ import gc
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,15 +86,11 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated(self._device)
             return
         if sys.platform == "linux":
-            try:
+            with suppress(OSError, AttributeError):
                 ctypes.CDLL(None).malloc_trim(0)
-            except (OSError, AttributeError):
-                pass
-            try:
+            with suppress(OSError):
                 # 5 resets the high-water mark of the resident set.
                 Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                pass
         self._before = _resident("VmRSS") or 0
 
     def stop(self) -> tuple[int, int]:
@@ -144,7 +140,8 @@ def _timed(module: Any, device: torch.device, spans: list[float]) -> Iterator[No
 def answer(model: Any, inputs: dict[str, Any], *, max_new_tokens: int, handle: Any = None) -> Measured:
     """Generate greedily and measure; ``handle`` is the attachment in place, if any."""
     device = inputs["input_ids"].device
-    clock, spans, memory = _Clock(), [], PeakMemory(device)
+    clock, memory = _Clock(), PeakMemory(device)
+    spans: list[float] = []
     memory.start()
     with torch.no_grad(), _timed(vision_tower(model), device, spans):
         begin = time.perf_counter()

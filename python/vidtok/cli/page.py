@@ -68,15 +68,15 @@ def cells(plan: Plan, grid_thw: tuple[int, int, int]) -> list[list[Cell]]:
     size: list[int] = []
     for number, members in enumerate(plan.trace([grid_thw])):
         size.append(len(members))
-        for _, frame, row, column in members:
-            owner.setdefault((frame, row, column), number)
+        for _, moment, row, column in members:
+            owner.setdefault((moment, row, column), number)
     anchors = set(plan.anchor.tolist())
     groups = [m for m, n in enumerate(size) if n > 1]
     # Steps of the golden angle keep neighbouring groups apart.
     hue = {m: round(i * 137.508) % 360 for i, m in enumerate(groups)}
-    frames = []
+    frames: list[list[Cell]] = []
     for f in range(t):
-        frame = []
+        frame: list[Cell] = []
         for r in range(h):
             for c in range(w):
                 m = owner.get((f, r, c), -1)
@@ -115,7 +115,7 @@ def jpeg(frame: torch.Tensor, limit: int = 640) -> str:
 def moments(outcome: Outcome) -> list[Moment]:
     """Pictures and cells of every temporal position."""
     sample, video, step = outcome.sample, outcome.video, outcome.temporal_patch_size
-    t, h, w = sample.grid_thw
+    _, h, w = sample.grid_thw
     out = []
     for f, frame in enumerate(cells(sample.plan, sample.grid_thw)):
         index = min(f * step, len(video.timestamps) - 1)
@@ -189,11 +189,8 @@ def _tiles(outcome: Outcome) -> list[dict[str, str]]:
         ("Answer in all", full.total if full else None, reduced.total, "s"),
         ("Memory above idle", full.extra_bytes if full else None, reduced.extra_bytes, "B"),
     ):
-        small = (
-            f"{number(after, unit)} instead of {number(before, unit)}" if before else "run with --compare to compare"
-        )
-        big = ratio(before, after) + " less" if before and ratio(before, after) else number(after, unit)
-        tiles.append({"name": name, "big": big.replace(" less", ""), "small": small})
+        small = f"{number(after, unit)} instead of {number(before, unit)}" if before else "compare with --compare"
+        tiles.append({"name": name, "big": ratio(before, after) or number(after, unit), "small": small})
     return tiles
 
 

@@ -24,7 +24,7 @@ Notify = Callable[[str, "int | None", "int | None"], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked on the command line; see ``vidtok run --help``."""
+    """What was asked on the command line, see ``vidtok run --help``; no repeat begins after ``budget`` seconds."""
 
     video: str
     question: str
@@ -45,6 +45,7 @@ class Options:
     backend: str = "auto"
     isolate: bool = True
     decode_timeout: float = 120.0
+    budget: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,15 @@ class Outcome:
         """(label, unit, unreduced, reduced) of every number, unreduced None without ``--compare``."""
         full, reduced = self.full, self.reduced
         saved = self.visual_in - self.visual_out
-        table = [
+        table: list[tuple[str, str, float | None, float]] = [
             ("Visual tokens", "tokens", float(self.visual_in), float(self.visual_out)),
             ("Prompt tokens", "tokens", float(self.prompt_tokens), float(self.prompt_tokens - saved)),
             ("Video decode", "s", self.decode_seconds, self.decode_seconds),
         ]
         names = {"vision": "Vision tower", "decide": "Decide", "move": "Move", "prefill": "Prefill"}
         for key, label in {**names, "decoding": "Decoding"}.items():
-            table.append((label, "s", full.times[key] if full else None, reduced.times[key]))
+            before = full.times[key] if full and key not in ("decide", "move") else None
+            table.append((label, "s", before, reduced.times[key]))
         table += [
             ("Time to first token", "s", full.first_token if full else None, reduced.first_token),
             ("Per decoded token", "s", full.per_token if full else None, reduced.per_token),
@@ -192,18 +194,23 @@ def _answer(
         with _attachment(model, method, options.position) if attached else contextlib.nullcontext() as handle:
             return measure.answer(model, inputs, max_new_tokens=tokens, handle=handle)
 
-    reduced, full = [], []
+    reduced: list[Measured] = []
+    full: list[Measured] = []
+    begin = time.perf_counter()
     if options.compare:
         for attached in (False, True):
             notify(f"Warming up, {'reduced' if attached else 'unreduced'}", None, None)
             one(attached, 2)
     for turn in range(options.repeat):
+        if turn and time.perf_counter() - begin > options.budget:
+            break
         # Either comes first in turn, so that drift of the machine falls on both.
         for attached in (False, True) if turn % 2 == 0 else (True, False):
             if attached or options.compare:
                 of = f", {turn + 1} of {options.repeat}" if options.repeat > 1 else ""
                 notify(f"Answering, {'reduced' if attached else 'unreduced'}{of}", None, None)
                 (reduced if attached else full).append(one(attached, options.max_new_tokens))
+    options = replace(options, repeat=len(reduced))
     best = _typical(reduced)
     report = best.report
     if not report.samples:
@@ -211,7 +218,7 @@ def _answer(
     base = _typical(full) if full else None
 
     def text(run: Measured) -> str:
-        return printable(tokenizer.decode(run.new_tokens, skip_special_tokens=True)).strip()
+        return printable(tokenizer.decode(run.new_tokens, skip_special_tokens=not loaded.random)).strip()
 
     return Outcome(
         options=options,

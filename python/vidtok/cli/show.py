@@ -69,29 +69,21 @@ def _print(outcome: Outcome) -> None:
         table.add_column("reduced", justify="right")
         table.add_column("", justify="right")
     else:
-        table.add_column("before" if outcome.full is None else "", justify="right")
+        table.add_column("before", justify="right")
         table.add_column("reduced", justify="right")
     for label, unit, full, reduced in outcome.rows:
         cells = [label, number(full, unit) if full is not None else "", number(reduced, unit)]
         table.add_row(*cells, *([ratio(full, reduced)] if outcome.full is not None else []))
     out.print(table)
     if outcome.full is not None:
-        first, total = (
-            (outcome.full.first_token, outcome.reduced.first_token),
-            (
-                outcome.full.total,
-                outcome.reduced.total,
-            ),
-        )
+        first = ratio(outcome.full.first_token, outcome.reduced.first_token)
+        total = ratio(outcome.full.total, outcome.reduced.total)
         out.print()
-        out.print(
-            f"Speed-up: {first[0] / first[1]:.2f} x to the first token, {total[0] / total[1]:.2f} x for the answer in all."
-        )
+        out.print(f"Speed-up: {first} to the first token, {total} for the answer in all.", style="bold")
     if outcome.random:
         out.print()
-        out.print(
-            "The weights are random: the answer is noise, while tokens, times and memory are real.", style="yellow"
-        )
+        text = "The weights are random: the answer is noise, while tokens, times and memory are real."
+        out.print(text, style="yellow")
     if outcome.options.report is not None:
         out.print(Text(f"Report: {outcome.options.report}"))
 
