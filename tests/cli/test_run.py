@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def test_compare_gives_both_and_the_speed_up(call: Call, checkpoint: Path, clip:
 
 def test_ratio_one_answers_like_the_unreduced_model(checkpoint: Path, clip: Path) -> None:
     options = run.Options(str(clip), "What?", "uniform:ratio=1.0", str(checkpoint), 8, dtype="float32", compare=True)
+    options = replace(options, max_new_tokens=8)
     outcome = run.execute(options, lambda *_: None)
     assert outcome.full is not None and outcome.reduced.new_tokens == outcome.full.new_tokens
     assert outcome.visual_in == outcome.visual_out == 24
