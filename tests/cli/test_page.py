@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tests.cli.conftest import TINY
-from vidtok.cli import load, page, run
+from vidtok.cli import load, measure, page, run
 from vidtok.plan import Plan
 
 
@@ -119,6 +119,27 @@ def test_numbers_of_both_runs(outcome: run.Outcome) -> None:
     assert "weights of this model are random" in text
     alone = " ".join(read(page.render(replace(outcome, full=None, full_answer=None))).text.split())
     assert "unreduced" not in alone and page.number(outcome.reduced.total, "s") in alone
+
+
+def test_a_busy_machine_is_named(outcome: run.Outcome) -> None:
+    """Equal work in unequal time is said, not passed off as a speed-up."""
+    assert outcome.full is not None
+
+    def seconds(measured: measure.Measured, vision: float) -> measure.Measured:
+        return replace(measured, times={**measured.times, "vision": vision})
+
+    busy = replace(outcome, full=seconds(outcome.full, 3.0), reduced=seconds(outcome.reduced, 1.0))
+    calm = replace(outcome, full=seconds(outcome.full, 1.1), reduced=seconds(outcome.reduced, 1.0))
+    assert "The machine was busy" in page.render(busy) and "3.00 s" in (busy.disturbed or "")
+    assert calm.disturbed is None and "busy" not in page.render(calm)
+    assert replace(busy, full=None).disturbed is None
+
+
+def test_medians_by_stage(outcome: run.Outcome) -> None:
+    one = outcome.reduced
+    runs = [replace(one, times=dict.fromkeys(measure.STAGES, float(n)), peak_bytes=n) for n in (5, 1, 2)]
+    typical = run._typical(runs)
+    assert typical.total == 10.0 and typical.first_token == 8.0 and typical.peak_bytes == 5
 
 
 def test_nothing_comes_from_outside(outcome: run.Outcome) -> None:

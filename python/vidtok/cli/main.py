@@ -47,7 +47,7 @@ def _app() -> Any:
     Position = Annotated[str, typer.Option(help="keep: tokens keep their coordinates; renumber: count what is left.")]
     New = Annotated[int, typer.Option(help="Length of the answer at most, in tokens.", metavar="N")]
     Compare = Annotated[bool, typer.Option("--compare", help="Run the unreduced model too and give the speed-up.")]
-    Repeat = Annotated[int, typer.Option(help="Measured runs of each; the median is reported.", metavar="N")]
+    Repeat = Annotated[int, typer.Option(help="Measured runs of each; medians are reported.", metavar="N")]
     Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
     Report = Annotated[str | None, typer.Option(help="Write a page with pictures and numbers.", metavar="OUT.html")]
     Backend = Annotated[str, typer.Option("--video-backend", help="auto, decord or pyav.")]

@@ -75,6 +75,19 @@ class Outcome:
         return self.reduced.report.samples[0]
 
     @property
+    def disturbed(self) -> str | None:
+        """A sentence when the times of equal work differ so much that the machine must have been busy."""
+        if self.full is None:
+            return None
+        low, high = sorted((self.full.times["vision"], self.reduced.times["vision"]))
+        if high < 0.1 or high < 1.25 * low:
+            return None
+        return (
+            f"The machine was busy: the vision tower did the same work on both sides, once in {low:.2f} s and once "
+            f"in {high:.2f} s, so the times compare badly; a higher --repeat helps."
+        )
+
+    @property
     def rows(self) -> list[tuple[str, str, float | None, float]]:
         """(label, unit, unreduced, reduced) of every number, unreduced None without ``--compare``."""
         full, reduced = self.full, self.reduced
@@ -250,9 +263,12 @@ def _attachment(model: Any, method: Any, position: str) -> Iterator[Any]:
 
 
 def _typical(runs: list[Measured]) -> Measured:
-    """The run whose total time is the median (the lower one of two)."""
-    middle = statistics.median_low([r.total for r in runs])
-    return next(r for r in runs if r.total == middle)
+    """The last run with the median of each stage, so that one disturbed stage does not decide."""
+    times = {stage: statistics.median(r.times[stage] for r in runs) for stage in measure.STAGES}
+    total = sum(times.values())
+    peak, extra = max(r.peak_bytes for r in runs), max(r.extra_bytes for r in runs)
+    first = total - times["decoding"]
+    return replace(runs[-1], times=times, first_token=first, total=total, peak_bytes=peak, extra_bytes=extra)
 
 
 def _device_name(device: torch.device) -> str:

@@ -80,6 +80,9 @@ def _print(outcome: Outcome) -> None:
         total = ratio(outcome.full.total, outcome.reduced.total)
         out.print()
         out.print(f"Speed-up: {first} to the first token, {total} for the answer in all.", style="bold")
+    if outcome.disturbed:
+        out.print()
+        out.print(outcome.disturbed, style="yellow")
     if outcome.random:
         out.print()
         text = "The weights are random: the answer is noise, while tokens, times and memory are real."
