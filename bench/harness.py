@@ -208,6 +208,6 @@ def _rows(
                 target if mine else "",
                 _reached(case, over, p50, speedups) if mine else "",
                 **shared,
-            )  # fmt: skip
+            )
         )
     return rows

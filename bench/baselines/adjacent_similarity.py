@@ -33,7 +33,7 @@ def window_eager(x: Tensor, width: int) -> Tensor:
 
 def window_careful(x: Tensor, width: int) -> Tensor:
     """The same from the norm of the sum of unit rows."""
-    frames, slots, c = x.shape
+    _frames, slots, c = x.shape
     inverse = 1.0 / torch.linalg.vector_norm(x, dim=-1)
     parts = x.view(-1, width, slots, c)
     total = torch.einsum("gwlc,gwl->glc", parts, inverse.view(-1, width, slots))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def eager(x: Tensor, clusters: int, k: int) -> tuple[Tensor, Tensor]:
     """Assignment ``[B, N]`` and centres ``[B, K]`` of ``x`` ``[B, N, C]``; density ties by random noise."""
-    batch, n, c = x.shape
+    batch, _n, c = x.shape
     distance = torch.cdist(x, x) / c**0.5
     nearest = torch.topk(distance, k=k, dim=-1, largest=False).values
     density = (-(nearest**2).mean(dim=-1)).exp()
@@ -25,7 +25,7 @@ def eager(x: Tensor, clusters: int, k: int) -> tuple[Tensor, Tensor]:
 
 def careful(x: Tensor, clusters: int, k: int) -> tuple[Tensor, Tensor]:
     """Squared distances from one matmul, in place, and no random noise; ``x`` ``[N, C]``."""
-    n, c = x.shape
+    _n, c = x.shape
     norm = x.square().sum(1)
     squared = torch.addmm(norm[None], x, x.t(), alpha=-2.0).add_(norm[:, None]).clamp_(min=0).div_(c)
     squared.fill_diagonal_(0)

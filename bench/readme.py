@@ -1,0 +1,170 @@
+"""Fill the README's benchmark block and the longer page beside the CSV; both say only what the CSV holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from bench.row import RESULTS, ROOT, Row, read
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+README = ROOT / "README.md"
+NOTES = ROOT / "bench" / "what_limits.json"
+HEAD = "| operator | shape | vidtok | × limit | eager | torch.compile | careful | target | reached |"
+
+
+def _time(us: float) -> str:
+    if us >= 1000:
+        return f"{us / 1000:.3g} ms" if us < 1e6 else f"{us / 1e6:.3g} s"
+    return f"{us:.3g} µs"
+
+
+def _speedup(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}×" if value < 100 else f"{value:.0f}×"
+
+
+def _note(row: Row, notes: dict[str, str]) -> str:
+    """The note whose key is the longest start of "operator case"."""
+    name = f"{row.operator} {row.case}"
+    keys = [k for k in notes if name.startswith(k)]
+    return notes[max(keys, key=len)] if keys else ""
+
+
+def _reached(row: Row, notes: dict[str, str]) -> str:
+    if not row.reached.startswith("no"):
+        return row.reached
+    note = _note(row, notes)
+    return row.reached + (f". {note}" if note else "")
+
+
+def table(rows: list[Row], cache: str, notes: dict[str, str]) -> list[str]:
+    """One line per case."""
+    cases: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row.metric == "time" and row.cache == cache:
+            cases.setdefault((row.operator, row.case), {})[row.role] = row
+    lines = [HEAD, "|---|---|--:|--:|--:|--:|--:|---|---|"]
+    before = ""
+    for (operator, case), sides in cases.items():
+        ours = sides["vidtok"]
+        rest = {k: r for k, r in sides.items() if k not in ("vidtok", "eager", "compile")}
+        best = min(rest.values(), key=lambda r: r.speedup or 0.0, default=None)
+        careful = "" if best is None else f"{_speedup(best.speedup)}{'' if best.role == 'careful' else f' {best.role}'}"
+        cells = [
+            f"`{operator}`" if operator != before else "",
+            case,
+            _time(ours.p50),
+            "" if ours.over_limit is None else f"{ours.over_limit:.2f}",
+            *(_speedup(sides[k].speedup if k in sides else None) for k in ("eager", "compile")),
+            careful,
+            ours.target,
+            _reached(ours, notes),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+        before = operator
+    return lines
+
+
+def _others(rows: list[Row]) -> list[str]:
+    lines: list[str] = []
+    overhead = [r for r in rows if r.metric == "overhead"]
+    if overhead:
+        lines += ["", "| Python of a call, under `no_grad` | time | target | reached |", "|---|--:|---|---|"]
+        lines += [f"| {r.case} (`{r.label}`) | {r.p20:.2f} {r.unit} | {r.target} | {r.reached} |" for r in overhead]
+    memory = [r for r in rows if r.metric == "memory"]
+    if memory:
+        lines += ["", f"| memory at {memory[0].case}, beyond inputs and outputs | peak | reached |", "|---|--:|---|"]
+        lines += [f"| `{r.operator}` | {r.p50:.0f} {r.unit} | {r.reached} |" for r in memory]
+    return lines
+
+
+def _head(rows: list[Row]) -> str:
+    """Where and when, and the rates that the limit is made of."""
+    best = {}
+    for row in rows:
+        if row.metric == "rate" and row.p50 > best.get(row.unit, ("", 0.0))[1]:
+            best[row.unit] = (row.label, row.p50)
+    rates = ", ".join(f"{value:.0f} {unit} ({label})" for unit, (label, value) in best.items())
+    first = rows[0]
+    return (
+        f"{first.machine}, fp32, {first.isa} kernels; {first.versions}; commit {first.commit}, {first.timestamp[:10]}. "
+        f"Limit: {rates}."
+    )
+
+
+def render(path: Path) -> str:
+    """The README's block for one CSV."""
+    rows = read(path)
+    notes = json.loads(NOTES.read_text()) if NOTES.exists() else {}
+    name = path.relative_to(ROOT).with_suffix("").as_posix()
+    lines = [
+        _head(rows),
+        "",
+        "Cold cache, median of the pairs. *× limit* is our time over the least time that the machine allows; the "
+        "columns after it say how many times longer the others take. *eager* is the published algorithm, *careful* the "
+        f"best plain torch (or faiss) that we could write. [All numbers]({name}.csv), [with a hot cache]({name}.md), "
+        f"[as a picture]({name}-limit.png).",
+        "",
+        *table(rows, "cold", notes),
+        *_others(rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def page(path: Path) -> str:
+    """The longer page: what each side is, and the hot table."""
+    rows = read(path)
+    lines = ["# Benchmarks, hot cache and sides", "", _head(rows), ""]
+    lines += ["Inputs and outputs stay where they are, so the time over the limit may fall below 1.", ""]
+    lines += table(rows, "hot", {})
+    lines += ["", "| operator | side | what it runs |", "|---|---|---|"]
+    seen = set()
+    for row in rows:
+        key = (row.operator, row.role, row.label)
+        if row.metric == "time" and row.role != "vidtok" and key not in seen:
+            seen.add(key)
+            lines.append(f"| `{row.operator}` | {row.role} | {row.label} |")
+    return "\n".join(lines) + "\n"
+
+
+def filled(text: str, block: str) -> str:
+    """``text`` with ``block`` between the markers."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"expected one {BEGIN} and one {END} in the README, got another number")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{block}{END}{rest.split(END)[1]}"
+
+
+def update(path: Path) -> None:
+    """Write README and page from one CSV."""
+    README.write_text(filled(README.read_text(), render(path)))
+    path.with_suffix(".md").write_text(page(path))
+
+
+def latest() -> Path | None:
+    """The committed CSV that the README shows: the newest one of a whole run."""
+    stamped = [(read(p)[0].timestamp, p) for p in RESULTS.glob("cpu-*.csv")]
+    return max(stamped)[1] if stamped else None
+
+
+def main() -> int:
+    """Fill the README, or with ``--check`` say whether it is up to date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    path = latest()
+    if path is None:
+        print("no CSV under bench/results yet")
+        return 0
+    if not check:
+        update(path)
+        return 0
+    current = filled(README.read_text(), render(path)) == README.read_text()
+    print("README.md is up to date" if current else "README.md differs: run python -m bench.readme")
+    return 0 if current else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
