@@ -50,8 +50,8 @@ def test_static_masks_must_be_rebuilt(models, monkeypatch):
     model, inputs = models("qwen2_5_vl"), prompt("qwen2_5_vl", 3)
     prefill = VisualHook._prefill
 
-    def masks_of_the_unreduced_prompt(self, module, call, arguments, *rest):
-        changed = prefill(self, module, call, arguments, *rest)
+    def masks_of_the_unreduced_prompt(self, call, arguments, *rest):
+        changed = prefill(self, call, arguments, *rest)
         changed["attention_mask"] = arguments["attention_mask"]
         return changed
 
@@ -247,6 +247,53 @@ def test_cache_of_a_removed_attachment_is_refused(models):
         cache = filled(model, inputs)
     with pytest.raises(ValueError, match="attachment was removed"):
         model(input_ids=TEXT, past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_video_after_a_padded_text_turn(models, kind):
+    """The padding of an unreduced first turn stays masked in the second."""
+    model, whole = models(kind), tiny.batch(kind, [tiny.ROWS[1], tiny.ROWS[2]])
+    cut = int((whole["input_ids"] == tiny.START).nonzero()[:, 1].min())
+    first = {"input_ids": whole["input_ids"][:, :cut], "attention_mask": whole["attention_mask"][:, :cut]}
+    assert int(first["attention_mask"].sum()) < 2 * cut
+    names = ("input_ids", "mm_token_type_ids", "video_grid_thw", "attention_mask")
+    positions = model.model.get_rope_index(**{k: whole[k] for k in names if k in whole})[0]
+    with vidtok.attach(model, visual=tiny.drop):
+        expected = model(**whole, use_cache=False).logits[:, -2:]
+        cache = model(**first, position_ids=positions[..., :cut], use_cache=True).past_key_values
+        second = {k: v[:, cut:] if k in ("input_ids", "mm_token_type_ids") else v for k, v in whole.items()}
+        if tiny.VERSION[0] == 4:
+            second["cache_position"] = torch.arange(cut, whole["input_ids"].shape[1])
+        out = model(**second, position_ids=positions[..., cut:], past_key_values=cache)
+    torch.testing.assert_close(out.logits[:, -2:], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_language_model_called_directly(models, kind):
+    """A loop that bypasses the outer model still fits the reduced cache."""
+    model, inputs = models(kind), prompt(kind, 2)
+    language, tokens = model.model.language_model, TEXT[:, :3].expand(2, -1)
+    with vidtok.attach(model, visual=tiny.drop):
+        expected = model(**extended(inputs, tokens), use_cache=False).logits[:, -3:]
+        out = model(**inputs, use_cache=True)
+        cache, position = out.past_key_values, position_of(model, inputs, tokens)
+        for i in range(3):
+            at = position[..., -3 + i, None]
+            hidden = language(
+                inputs_embeds=model.get_input_embeddings()(tokens[:, i : i + 1]),
+                position_ids=at,
+                past_key_values=cache,
+                use_cache=True,
+                **({"cache_position": torch.tensor([cache.get_seq_length()])} if tiny.VERSION[0] == 4 else {}),
+            )[0]
+            torch.testing.assert_close(model.lm_head(hidden), expected[:, i : i + 1], **CLOSE)
+
+
+def position_of(model, inputs, tokens):
+    """Positions that the model itself gives to the prompt with more text behind it."""
+    names = ("input_ids", "mm_token_type_ids", "video_grid_thw", "attention_mask")
+    longer = extended(inputs, tokens)
+    return model.model.get_rope_index(**{k: longer[k] for k in names if k in longer})[0]
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

@@ -24,8 +24,9 @@ class State:
     """What a cache has to know about the reductions that filled it.
 
     Args:
+        reduced: whether it holds a reduced prompt; a cache that does not only counts time.
         mask: bool ``[B, W]``, True for columns that hold a real token; ``W`` is the physical length,
-            or the capacity of a static cache. None when nothing was reduced.
+            or the capacity of a static cache. None when all do.
         dropped: columns that the caller fed and the cache does not hold.
         length: physical columns filled, for caches that count on the device.
         floor: physical length below which columns no longer stand for one fed token each.
@@ -33,18 +34,33 @@ class State:
         record: where decoding time is added.
     """
 
-    __slots__ = ("dropped", "floor", "length", "mask", "owner", "record")
+    __slots__ = ("dropped", "floor", "length", "mask", "owner", "record", "reduced")
 
     def __init__(
-        self, mask: Tensor | None, dropped: int, length: int, floor: int, owner: Any, record: Record | None
+        self,
+        owner: Any,
+        record: Record | None,
+        *,
+        reduced: bool = False,
+        mask: Tensor | None = None,
+        dropped: int = 0,
+        length: int = 0,
+        floor: int = 0,
     ) -> None:
-        self.mask, self.dropped, self.length, self.floor = mask, dropped, length, floor
+        self.reduced, self.mask, self.dropped, self.length, self.floor = reduced, mask, dropped, length, floor
         self.owner = owner if isinstance(owner, weakref.ref) else weakref.ref(owner)
         self.record = record
 
     def __deepcopy__(self, memo: Any) -> State:
-        mask = None if self.mask is None else self.mask.clone()
-        return State(mask, self.dropped, self.length, self.floor, self.owner, self.record)
+        return State(
+            self.owner,
+            self.record,
+            reduced=self.reduced,
+            mask=None if self.mask is None else self.mask.clone(),
+            dropped=self.dropped,
+            length=self.length,
+            floor=self.floor,
+        )
 
     def __reduce__(self) -> Any:
         raise ValueError("expected a cache of an unreduced prompt, got one that an attached model has to continue")
@@ -77,7 +93,7 @@ def physical_length(cache: Any) -> int:
     if cache is None:
         return 0
     state = state_of(cache)
-    if state is not None and state.mask is not None and is_static(cache):
+    if state is not None and state.reduced and is_static(cache):
         return state.length
     for layer in cache.layers:
         if getattr(layer, "keys", None) is not None:
@@ -87,7 +103,7 @@ def physical_length(cache: Any) -> int:
 
 def bind(cache: Any, state: State) -> None:
     """Put ``state`` on a cache; a reduced one answers with its logical length from now on."""
-    if state.mask is not None and not isinstance(cache, TwoLengths):
+    if state.reduced and not isinstance(cache, TwoLengths):
         base: Any = type(cache)
         cache.__class__ = _two_lengths(base)
     cache.__dict__[_STATE] = state
@@ -112,7 +128,7 @@ class TwoLengths:
         """Sizes of the mask over the tokens that the cache holds."""
         state = self._state()
         owner = None if state is None else state.owner()
-        if state is not None and (owner is None or not owner.active):
+        if state is not None and state.reduced and (owner is None or not owner.active):
             raise ValueError(
                 "expected a cache that this model filled, got one of a reduced prompt whose attachment was removed; "
                 "attach again before continuing, or start from an empty cache"

@@ -107,8 +107,9 @@ class Unit:
 class Record:
     """Raw material of a report, gathered without reading the device."""
 
-    def __init__(self, units: list[Unit], plan: Plan | None, rows: Plan | None, real: Tensor) -> None:
-        self.units, self.plan, self.rows, self.real = units, plan, rows, real
+    def __init__(self, units: list[Unit], plan: Plan | None, shape: tuple[int, int], real: Tensor | None) -> None:
+        self.units, self.plan, self.shape, self.real = units, plan, shape, real
+        self.rows: Plan | None = None
         self.spans: dict[str, list[Span]] = {}
 
     def add(self, stage: str, span: Span | None) -> None:
@@ -118,11 +119,12 @@ class Record:
 
     def report(self) -> Report:
         """Read everything on the host."""
-        tokens_in = self.real.sum(1).tolist()
+        batch, length = self.shape
+        tokens_in = [length] * batch if self.real is None else self.real.sum(1).tolist()
         if self.rows is None:
             tokens_out = tokens_in
         else:
-            tokens_out = self.rows.valid().view(len(tokens_in), -1).sum(1).tolist()
+            tokens_out = self.rows.valid().view(batch, -1).sum(1).tolist()
         times: dict[str, float] = {}
         for stage in ("vision", "decide", "move", "prefill", "decode"):
             if stage in self.spans:

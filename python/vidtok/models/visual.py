@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vidtok import _check, ops
 from vidtok.models import cache as caches
-from vidtok.models import families
+from vidtok.models import columns, families
 from vidtok.models.cache import State
 from vidtok.models.families import Encoded, Places, Visual
 from vidtok.models.report import Record, Span
@@ -110,17 +110,18 @@ class VisualHook:
         arguments = families.named_arguments(module, args, kwargs)
         cache = arguments.get("past_key_values")
         state = caches.state_of(cache)
-        embeds = arguments.get("inputs_embeds")
         if state is None and (call is None or not call.media):
             return None
+        if call is None or call.owner is module:
+            call = self._calls.call = Call(module)
+            call.begun = True
+        embeds = arguments.get("inputs_embeds")
         if embeds is None:
             embed: Any = module.get_input_embeddings
             embeds = embed()(arguments["input_ids"])
             arguments = {**arguments, "input_ids": None, "inputs_embeds": embeds}
-        if call is None:
-            call = Call(module)
         if call.media:
-            changed = self._prefill(module, call, arguments, embeds, cache, state)
+            changed = self._prefill(call, arguments, embeds, cache, state)
         else:
             changed = self._continue(call, arguments, embeds, cache, state)
         call.forward = Span(embeds.device)
@@ -140,52 +141,60 @@ class VisualHook:
             caches.bind(cache, call.state)
         if call.stage == "prefill":
             self.last = call.record
+        if call.owner is module:
+            self._calls.call = None
 
     def _prefill(
-        self, module: nn.Module, call: Call, arguments: dict[str, Any], embeds: Tensor, cache: Any, state: State | None
+        self, call: Call, arguments: dict[str, Any], embeds: Tensor, cache: Any, state: State | None
     ) -> dict[str, Any] | None:
         batch, length = embeds.shape[:2]
+        device = embeds.device
         past = caches.physical_length(cache)
         dropped = 0 if state is None else state.dropped
-        real = _real_columns(arguments.get("attention_mask"), batch, length, past, cache, embeds.device)
+        given = arguments.get("attention_mask")
+        real = columns.new_columns(given, batch, length, past, cache, device)
         plan, decide = self._decide(embeds, call.visual)
-        rows = None
         call.stage = "prefill"
-        record = call.record = Record([] if call.visual is None else call.visual.units, plan, None, real)
+        record = call.record = Record([] if call.visual is None else call.visual.units, plan, (batch, length), real)
         for span in call.encoded:
             record.add("vision", span)
         record.add("decide", decide)
-        reduces = plan is not None and not (plan.is_gather and plan.num_out == plan.num_in)
-        renumbers = self.position == "renumber" and call.visual is not None
-        if not reduces and not renumbers:
+        if plan is None or call.visual is None:
             return self._continue(call, arguments, embeds, cache, state, record)
-        assert plan is not None and call.visual is not None
-        _refuse(arguments, call, cache, batch)
-        move = Span(embeds.device)
-        cu = torch.arange(batch + 1, dtype=torch.int32, device=embeds.device) * length
-        columns = call.visual.columns.to(embeds.device)
-        rows = plan.lift(columns, cu, real=real, dense=True)
-        record.rows = rows
+        if plan.is_gather and plan.num_out == plan.num_in and self.position == "keep":
+            return self._continue(call, arguments, embeds, cache, state, record)
+        _refuse(arguments, call, cache)
+        move = Span(device)
+        cu = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+        visual = call.visual.columns.to(device)
+        rows = record.rows = plan.lift(visual, cu, real=real, dense=True)
         valid = rows.valid().view(batch, -1)
         width = valid.shape[1]
+        old = columns.past_columns(state, given, length, past, device)
+        mask = columns.joined(old, valid if rows.padded else None, batch, past, width, cache, device)
         changed = dict(arguments)
         changed["inputs_embeds"] = ops.plan_apply(rows, embeds)
-        changed["attention_mask"], mask = _mask(state, valid, past, cache)
-        changed["position_ids"] = self._positions(
-            arguments.get("position_ids"), rows, valid, mask, past, past + dropped, length
-        )
+        # Always explicit: without a mask, gaps in positions would be read as borders between packed rows.
+        full = torch.ones(batch, past + width, dtype=torch.long, device=device)
+        changed["attention_mask"] = full if mask is None else mask.long()
+        number = columns.consecutive(mask, batch, past, width, device)
+        changed["position_ids"] = self._positions(arguments.get("position_ids"), rows, number, past + dropped, length)
         if arguments.get("visual_pos_masks") is not None:
-            self._deepstack(changed, plan, rows, columns, real)
+            self._deepstack(changed, plan, rows, visual, real)
         if "cache_position" in changed:
-            changed["cache_position"] = torch.arange(past, past + width, device=embeds.device)
+            changed["cache_position"] = torch.arange(past, past + width, device=device)
         if call.labels is not None:
-            (labels,) = ops.position_remap(rows, call.labels.to(embeds.device), dim=-1, fill=-100)
-            # A padding column would predict the first real token, and only in rows that have one.
-            first = valid & ~torch.nn.functional.pad(valid[:, :-1], (1, 0))
-            labels = labels.masked_fill(first, -100)
-            call.labels.resize_(labels.shape).copy_(labels)
-        after = length - 1 - int((columns % length).max())
-        call.state = State(mask, dropped + length - width, past + width, past + width - after, self, record)
+            _shorten(call.labels, rows, valid)
+        last = int((visual % length).max())
+        call.state = State(
+            self,
+            record,
+            reduced=True,
+            mask=mask,
+            dropped=dropped + length - width,
+            length=past + width,
+            floor=past + width - (length - 1 - last),
+        )
         record.add("move", move.stop())
         return changed
 
@@ -199,30 +208,38 @@ class VisualHook:
         record: Record | None = None,
     ) -> dict[str, Any] | None:
         """A pass that reduces nothing: untouched, unless its cache holds a reduced prompt."""
-        batch, length = embeds.shape[:2]
-        if state is None or state.mask is None:
-            call.record = record or (state.record if state is not None else None)
-            call.stage = "decode" if record is None else "prefill"
-            if record is not None:
-                call.state = State(None, 0, 0, 0, self, record)
+        call.stage = "decode" if record is None else "prefill"
+        call.record = record or (state.record if state is not None else None)
+        if state is None or not state.reduced:
+            call.state = None if record is None else State(self, record)
             return None
-        call.record, call.stage = record or state.record, "decode" if record is None else "prefill"
+        batch, length = embeds.shape[:2]
+        device = embeds.device
         past = caches.physical_length(cache)
-        real = _real_columns(arguments.get("attention_mask"), batch, length, past, cache, embeds.device)
+        given = arguments.get("attention_mask")
+        new = columns.new_columns(given, batch, length, past, cache, device)
+        old = columns.past_columns(state, given, length, past, device)
+        mask = columns.joined(old, new, batch, past, length, cache, device)
         changed = dict(arguments)
-        changed["attention_mask"], mask = _mask(state, real, past, cache)
+        changed["attention_mask"] = None if mask is None else mask.long()
         position = arguments.get("position_ids")
         if self.position == "renumber":
-            changed["position_ids"] = _consecutive(mask[:, : past + length])[:, -length:].expand(
-                3 if position is None else position.shape[0], -1, -1
-            )
+            number = columns.consecutive(mask, batch, past, length, device)
+            changed["position_ids"] = number.expand(_rows_of(position), -1, -1)
         elif position is None:
             start = past + state.dropped
-            ids = torch.arange(start, start + length, device=embeds.device)
-            changed["position_ids"] = ids.expand(3, batch, length)
+            changed["position_ids"] = torch.arange(start, start + length, device=device).expand(3, batch, length)
         if "cache_position" in changed:
-            changed["cache_position"] = torch.arange(past, past + length, device=embeds.device)
-        call.state = State(mask, state.dropped, past + length, state.floor, self, call.record)
+            changed["cache_position"] = torch.arange(past, past + length, device=device)
+        call.state = State(
+            self,
+            call.record,
+            reduced=True,
+            mask=mask,
+            dropped=state.dropped,
+            length=past + length,
+            floor=state.floor,
+        )
         return changed
 
     # ------------------------------------------------------------------ steps of a prefill
@@ -231,8 +248,7 @@ class VisualHook:
         if visual is None:
             return None, None
         span = Span(embeds.device)
-        columns = visual.columns.to(embeds.device)
-        features = embeds.detach().reshape(-1, embeds.shape[-1])[columns]
+        features = embeds.detach().reshape(-1, embeds.shape[-1])[visual.columns.to(embeds.device)]
         grids = torch.tensor([unit.grid_thw for unit in visual.units])
         plan = self.method(features, grids)
         if not isinstance(plan, Plan):
@@ -246,80 +262,52 @@ class VisualHook:
             plan = plan.to(embeds.device)
         return plan, span.stop()
 
-    def _positions(
-        self, position: Tensor | None, rows: Plan, valid: Tensor, mask: Tensor, past: int, logical: int, length: int
-    ) -> Tensor:
-        batch, width = valid.shape
-        consecutive = _consecutive(mask[:, : past + width])[:, -width:]
+    def _positions(self, position: Tensor | None, rows: Plan, number: Tensor, logical: int, length: int) -> Tensor:
+        batch = number.shape[0]
         if self.position == "renumber":
-            return consecutive.expand(3 if position is None or position.dim() == 2 else position.shape[0], -1, -1)
+            return number.expand(_rows_of(position), -1, -1)
         if position is None:
-            position = torch.arange(logical, logical + length, device=valid.device).expand(3, batch, length)
-        position = position.to(valid.device)
-        (kept,) = ops.position_remap(rows, position.expand(*position.shape[:-2], batch, length), dim=-1)
+            position = torch.arange(logical, logical + length, device=number.device).expand(3, batch, length)
+        position = position.to(number.device).expand(*position.shape[:-2], batch, length)
+        (kept,) = ops.position_remap(rows, position, dim=-1)
         if kept.dim() == 3 and kept.shape[0] == 4:
             # Row 0 only tells packed rows apart: gaps in it would be read as borders between sequences.
-            kept = torch.cat([consecutive[None], kept[1:]])
+            kept = torch.cat([number[None], kept[1:]])
         elif kept.dim() == 2:
             kept = kept.expand(3, -1, -1)
         return kept
 
     @staticmethod
-    def _deepstack(changed: dict[str, Any], plan: Plan, rows: Plan, columns: Tensor, real: Tensor) -> None:
+    def _deepstack(changed: dict[str, Any], plan: Plan, rows: Plan, at: Tensor, real: Tensor | None) -> None:
         """Deepstack rows are the visual tokens in packed order: the same plan, counted in them."""
-        visual = changed["visual_pos_masks"].to(columns.device)
+        visual = changed["visual_pos_masks"].to(at.device)
         flat = visual.reshape(-1)
         rank = flat.long().cumsum(0) - 1
-        count = torch.tensor([0, int(rank[-1]) + 1], dtype=torch.int32, device=columns.device)
+        count = torch.tensor([0, int(rank[-1]) + 1], dtype=torch.int32, device=at.device)
         inner = Plan(
             count, torch.zeros_like(count), plan.anchor, plan.csr_member, plan.csr_offset, plan.csr_weight, plan.num_in
-        ).lift(rank[columns], count, real=real.reshape(-1)[flat])
+        ).lift(rank[at], count, real=None if real is None else real.reshape(-1)[flat])
         changed["deepstack_visual_embeds"] = [
-            ops.plan_apply(inner if e.device == columns.device else inner.to(e.device), e)
+            ops.plan_apply(inner if e.device == at.device else inner.to(e.device), e)
             for e in changed["deepstack_visual_embeds"]
         ]
-        (kept,) = ops.position_remap(rows, visual, dim=-1, fill=0)
-        changed["visual_pos_masks"] = kept
+        (changed["visual_pos_masks"],) = ops.position_remap(rows, visual, dim=-1, fill=0)
 
 
-def _consecutive(mask: Tensor) -> Tensor:
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+def _rows_of(position: Tensor | None) -> int:
+    return 3 if position is None or position.dim() == 2 else position.shape[0]
 
 
-def _mask(state: State | None, new: Tensor, past: int, cache: Any) -> tuple[Tensor, Tensor]:
-    """Attention mask for a pass, and the column mask that its cache keeps."""
-    width = past + new.shape[1]
-    size = caches.capacity(cache)
-    if size is not None:
-        # A static cache keeps one mask of its full size: causality hides what is not yet filled.
-        mask = new.new_ones(new.shape[0], size) if state is None or state.mask is None else state.mask
-        if width > size:
-            _check.fail(f"at most {size} tokens in a static cache", str(width))
-        mask[:, past:width] = new
-        return mask.long(), mask
-    old = new.new_ones(new.shape[0], past) if state is None or state.mask is None else state.mask[:, :past]
-    mask = torch.cat([old, new], dim=1)
-    return mask.long(), mask
+def _shorten(labels: Tensor, rows: Plan, valid: Tensor) -> None:
+    """Give the labels of a call, in place, the tokens of the reduced rows."""
+    (short,) = ops.position_remap(rows, labels.to(valid.device), dim=-1, fill=-100)
+    # A padding column would predict the first real token, and only in rows that have one.
+    first = valid & ~torch.nn.functional.pad(valid[:, :-1], (1, 0))
+    short = short.masked_fill(first, -100)
+    labels.resize_(short.shape).copy_(short)
 
 
-def _real_columns(mask: Any, batch: int, length: int, past: int, cache: Any, device: torch.device) -> Tensor:
-    """bool ``[B, L]``: which of the new columns are not padding."""
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask[:, -length:].to(device).bool()
-    if isinstance(mask, Tensor) and mask.dim() == 4 and caches.is_static(cache):
-        if past:
-            return torch.ones(batch, length, dtype=torch.bool, device=device)
-        last = mask[:, 0, -1, :length].expand(batch, length).to(device)
-        return last if last.dtype == torch.bool else last == 0
-    shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    return _check.fail("an attention mask of shape [B, L], or none", str(shape))
-
-
-def _refuse(arguments: dict[str, Any], call: Call, cache: Any, batch: int) -> None:
+def _refuse(arguments: dict[str, Any], call: Call, cache: Any) -> None:
     """Raise for calls in which dropping tokens would silently change something else."""
     if isinstance(call.logits_to_keep, Tensor):
         _check.fail("logits_to_keep as a number, because tokens are dropped", "a tensor")
