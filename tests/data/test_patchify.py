@@ -14,9 +14,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vidtok.data import PatchSpec, load_video, patchify, smart_resize
 
 from tests.data.torchvision_stub import install
+from vidtok.data import PatchSpec, load_video, patchify, smart_resize
 
 HALF = (0.5, 0.5, 0.5)
 QWEN3 = PatchSpec(16, 2, 2, 128 * 32 * 32, 32 * 32 * 768, HALF, HALF, True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vidtok.data import sampling
 
 counts = st.integers(1, 5000)

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from vidtok.data import Limits, VideoError, VideoReader, load_video, resize_frames
-from vidtok.data import video as video_module
 
 from tests.data.conftest import rotate, write_video
+from vidtok.data import Limits, VideoError, VideoReader, load_video, resize_frames
+from vidtok.data import video as video_module
 
 BOTH = pytest.mark.parametrize("backend", ["decord", "pyav"])
 
@@ -247,3 +247,21 @@ def test_arguments(clip: Path) -> None:
     reader.close()
     with pytest.raises(ValueError, match="closed"):
         reader.read([0])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_damaged_bytes_end_in_frames_or_one_sentence(clip: Path, tmp_path: Path, seed: int) -> None:
+    """Whatever a file holds, an isolated reader gives frames of the promised shape or a VideoError."""
+    random = np.random.default_rng(seed)
+    data = bytearray(clip.read_bytes())
+    for at in random.integers(0, len(data), 4 ** (seed % 3 + 1)):
+        data[at] = random.integers(256)
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(bytes(data))
+    try:
+        with VideoReader(path, isolate=True, limits=Limits(seconds=20, frames=10_000)) as reader:
+            numbers = list(range(0, reader.num_frames, 5))
+            for part in reader.read(numbers):
+                assert part.frames.shape[1:] == (3, reader.height, reader.width)
+    except VideoError as error:
+        assert "expected " in str(error) and "\n" not in str(error)
