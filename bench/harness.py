@@ -17,7 +17,7 @@ from bench.case import Case, Inputs, Provider, clone, nbytes
 from bench.limits import Limits, cold_bytes
 from bench.row import Row
 
-COLD_SECONDS, HOT_SECONDS = 3.0, 0.6
+COLD_SECONDS, HOT_SECONDS = 2.5, 0.5
 MOST_SETS = 4096
 
 

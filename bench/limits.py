@@ -43,9 +43,10 @@ def _seconds(run: Callable[[], Any]) -> float:
 class Limits:
     """Copy and arithmetic rates at a number of threads; ``copy`` and ``flops`` take one sample each."""
 
-    def __init__(self, threads: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, threads: int, dtype: torch.dtype = torch.float32, samples: int = 25) -> None:
         self.threads = threads
         size = max(cold_bytes(), 4 * SLICE) // SLICE * SLICE
+        self._samples = samples
         self._source = torch.zeros(size // 4).fill_(1.0)
         self._target = torch.zeros(size // 4)
         self._at = 0
@@ -63,10 +64,10 @@ class Limits:
         self.best_copy = max(self.copy_rates, key=self.copy_rates.__getitem__)
         self.best_flops = max(self.flop_rates, key=self.flop_rates.__getitem__)
 
-    @staticmethod
-    def _best(way: Callable[[], float], samples: int = 25) -> float:
+    def _best(self, way: Callable[[], float]) -> float:
+        """The rate of the least disturbed tenth."""
         way()
-        return statistics.quantiles([way() for _ in range(samples)], n=10)[-1]
+        return statistics.quantiles([way() for _ in range(self._samples)], n=10)[-1]
 
     def _slices(self) -> tuple[Tensor, Tensor]:
         step = SLICE // 4

@@ -15,12 +15,16 @@ def previous_eager(x: Tensor) -> Tensor:
 
 
 def previous_careful(x: Tensor) -> Tensor:
-    """Norms once, dot products as batched 1×C by C×1 matmuls, no unit rows."""
+    """Norms once; products of one frame at a time in one buffer that stays in the cache."""
     frames, slots, c = x.shape
     norm = torch.linalg.vector_norm(x, dim=-1)
-    dot = torch.bmm(x[1:].reshape(-1, 1, c), x[:-1].reshape(-1, c, 1)).view(frames - 1, slots)
-    score = dot / (norm[1:] * norm[:-1])
-    return torch.cat([torch.full_like(score[:1], -torch.inf), score]).view(-1)
+    score = torch.full((frames, slots), -torch.inf)
+    product = torch.empty(slots, c)
+    for t in range(1, frames):
+        torch.mul(x[t], x[t - 1], out=product)
+        torch.sum(product, -1, out=score[t])
+    score[1:] /= norm[1:] * norm[:-1]
+    return score.view(-1)
 
 
 def window_eager(x: Tensor, width: int) -> Tensor:
@@ -32,9 +36,14 @@ def window_eager(x: Tensor, width: int) -> Tensor:
 
 
 def window_careful(x: Tensor, width: int) -> Tensor:
-    """The same from the norm of the sum of unit rows."""
-    _frames, slots, c = x.shape
-    inverse = 1.0 / torch.linalg.vector_norm(x, dim=-1)
-    parts = x.view(-1, width, slots, c)
-    total = torch.einsum("gwlc,gwl->glc", parts, inverse.view(-1, width, slots))
-    return ((total.square().sum(-1) - width) / (width * (width - 1))).reshape(-1)
+    """The same from the norm of the sum of unit rows, summed frame by frame in one buffer."""
+    frames, slots, c = x.shape
+    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).reciprocal_()
+    score = torch.empty(frames // width, slots)
+    total = torch.empty(slots, c)
+    for segment, first in enumerate(range(0, frames, width)):
+        torch.mul(x[first], inverse[first], out=total)
+        for t in range(first + 1, first + width):
+            total.addcmul_(x[t], inverse[t])
+        torch.linalg.vector_norm(total, dim=-1, out=score[segment])
+    return score.square_().sub_(width).div_(width * (width - 1)).view(-1)

@@ -20,7 +20,7 @@ SHARED = {"threads": 1, "isa": "x", "machine": "m", "versions": "v", "commit": "
 
 @pytest.fixture(scope="module")
 def limits() -> Limits:
-    return Limits(1)
+    return Limits(1, samples=2)
 
 
 @pytest.fixture

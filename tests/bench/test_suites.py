@@ -62,7 +62,7 @@ def _broken(case: Case) -> Provider:
 def test_gate_is_red_on_one_wrong_entry() -> None:
     case = SUITES["plan_apply"](tiny=True)[0]
     inputs = case.make(0)
-    with pytest.raises(gate.GateError, match="one entry off .* differs from the reference"):
+    with pytest.raises(gate.GateError, match=r"one entry off .* differs from the reference"):
         gate.check(case, _broken(case), inputs, gate.expected(case, inputs))
 
 
