@@ -17,6 +17,8 @@ constexpr int kPanelVectors = 4, kTileRows = 4;
 #endif
 // Partial dot products are added up every so many channels: keeps the error of long rows small.
 constexpr int64_t kDotChannels = 512;
+// Cache lines of x fetched per channel of a tile, while there are any left.
+constexpr int kAheadLines = 4;
 
 template <class T>
 void metric_rows(const BipartiteArgs& a, const T* metric, int64_t begin, int64_t end, float* out) {
@@ -81,11 +83,11 @@ VIDTOK_INLINE void keep_greater(vec score, vec place, vec& best, vec& index) {
 #endif
 }
 
-// acc[i][v] += sum over channels of row i's entry times the panel's vector v. Prefetches `lines`
-// cache lines from `ahead` on the way.
-template <int NV>
-VIDTOK_INLINE void tile(const float* panel, const float* const* row, int64_t from, int64_t to, vec (&acc)[kTileRows][NV],
-                        const char* ahead, int64_t lines) {
+// acc[i][v] += row i's entry × the panel's vector v, for channels [from, to). With kAhead four cache
+// lines from `ahead` on are fetched per channel.
+template <int NV, bool kAhead>
+VIDTOK_INLINE void tile_part(const float* panel, const float* const* row, int64_t from, int64_t to,
+                             vec (&acc)[kTileRows][NV], const char* ahead) {
   for (int64_t k = from; k < to; ++k) {
     vec s[NV];
 #pragma GCC unroll 8
@@ -96,11 +98,20 @@ VIDTOK_INLINE void tile(const float* panel, const float* const* row, int64_t fro
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) acc[i][v] = fma(d, s[v], acc[i][v]);
     }
-    if (lines > 0) {
-      prefetch(ahead), prefetch(ahead + 64), prefetch(ahead + 128), prefetch(ahead + 192);
-      ahead += 256, lines -= 4;
+    if (kAhead) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kAheadLines; ++i) prefetch(ahead + i * 64);
+      ahead += kAheadLines * 64;
     }
   }
+}
+
+template <int NV>
+VIDTOK_INLINE void tile(const float* panel, const float* const* row, int64_t from, int64_t to, vec (&acc)[kTileRows][NV],
+                        const char* ahead, int64_t lines) {
+  const int64_t wanted = from + lines / kAheadLines, middle = wanted < to ? wanted : to;
+  tile_part<NV, true>(panel, row, from, middle, acc, ahead);
+  tile_part<NV, false>(panel, row, middle, to, acc, nullptr);
 }
 
 template <int NV>
@@ -188,47 +199,51 @@ void match_any(const Matching& m, int64_t index, int64_t count, float* panel) {
   }
 }
 
-// Sum of size·x over the members, in their order, over the total.
+// Members in the order of outputs are the order of reading: each line read fetches the same line of
+// the member so many further on.
+constexpr int32_t kMembersAhead = 2;
+
+// Σ size·x / total over members [begin, end), in their order.
 template <class T>
-VIDTOK_INLINE void merge_row(const BipartiteArgs& a, T* y, const T* x, int64_t base, int32_t begin, int32_t end,
+VIDTOK_INLINE void merge_row(const BipartiteArgs& a, const Merging& s, T* y, int32_t begin, int32_t end, int32_t last,
                              float total, bool streaming) {
-  const vec whole = set1(total);
-  int64_t j = 0;
+  const T* x = static_cast<const T*>(s.x);
+  const auto row = [&](int32_t i) { return x + (a.member[i] - s.begin) * a.x_row; };
+  // The reciprocal of a power of two is exact, as most totals are; then it gives the quotient's bits.
+  const bool exact = (to_bits(total) & 0x7fffff) == 0 && total > 1e-30f && total < 1e30f;
+  const vec whole = set1(exact ? 1.0f / total : total);
   const bool past = streaming && sizeof(T) == 4 && (reinterpret_cast<uintptr_t>(y) & (kWidth * 4 - 1)) == 0;
+  int64_t j = 0;
   for (; j + 4 * kWidth <= a.c; j += 4 * kWidth) {
-    vec s[4];
+    vec sum[4];
     for (int32_t i = begin; i < end; ++i) {
-      const T* row = x + (a.member[i] - base) * a.x_row + j;
-      if (a.size == nullptr) {
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) s[v] = i == begin ? load(row + v * kWidth) : s[v] + load(row + v * kWidth);
-      } else {
+      const T* from = row(i) + j;
+      if (i + kMembersAhead < last) prefetch_span(row(i + kMembersAhead) + j, 4 * kWidth * int64_t(sizeof(T)));
+      vec p[4];
+      for (int v = 0; v < 4; ++v) p[v] = load(from + v * kWidth);
+      if (a.size != nullptr) {
         const vec w = set1(a.size[a.member[i]]);
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) {
-          const vec p = w * load(row + v * kWidth);
-          s[v] = i == begin ? p : s[v] + p;
-        }
+        for (int v = 0; v < 4; ++v) p[v] = w * p[v];
       }
+      for (int v = 0; v < 4; ++v) sum[v] = i == begin ? p[v] : sum[v] + p[v];
     }
-#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[v] = exact ? sum[v] * whole : sum[v] / whole;
     for (int v = 0; v < 4; ++v) {
-      s[v] = s[v] / whole;
       if (past)
-        stream(reinterpret_cast<float*>(y + j + v * kWidth), s[v]);
+        stream(reinterpret_cast<float*>(y + j + v * kWidth), sum[v]);
       else
-        store(y + j + v * kWidth, s[v]);
+        store(y + j + v * kWidth, sum[v]);
     }
   }
   for (; j < a.c; j += kWidth) {
     const int n = a.c - j < kWidth ? int(a.c - j) : kWidth;
-    vec s = zero();
+    vec sum = zero();
     for (int32_t i = begin; i < end; ++i) {
-      const vec p = load(x + (a.member[i] - base) * a.x_row + j, n);
+      const vec p = load(row(i) + j, n);
       const vec q = a.size == nullptr ? p : set1(a.size[a.member[i]]) * p;
-      s = i == begin ? q : s + q;
+      sum = i == begin ? q : sum + q;
     }
-    store(y + j, s / whole, n);
+    store(y + j, sum / set1(total), n);
   }
 }
 
@@ -236,14 +251,17 @@ template <class T>
 void merge_rows(const BipartiteArgs& a, const Merging& s, int64_t begin, int64_t end, bool streaming) {
   T* y = static_cast<T*>(a.y) + s.out * a.c;
   const T* x = static_cast<const T*>(s.x);
+  const int32_t last = s.offset[end];
   for (int64_t m = begin; m < end; ++m) {
     const int32_t lo = s.offset[m], hi = s.offset[m + 1];
-    const T* row = x + (a.member[lo] - s.begin) * a.x_row;
-    if (hi - lo == 1)
+    if (hi - lo == 1) {
+      const T* next = lo + kMembersAhead < last ? x + (a.member[lo + kMembersAhead] - s.begin) * a.x_row : nullptr;
+      const T* row = x + (a.member[lo] - s.begin) * a.x_row;
       copy_bytes(reinterpret_cast<char*>(y + m * a.c), reinterpret_cast<const char*>(row), a.c * int64_t(sizeof(T)),
-                 streaming, nullptr);
-    else
-      merge_row(a, y + m * a.c, x, s.begin, lo, hi, a.total[s.out + m], streaming);
+                 streaming, reinterpret_cast<const char*>(next));
+    } else {
+      merge_row(a, s, y + m * a.c, lo, hi, last, a.total[s.out + m], streaming);
+    }
   }
   if (streaming) stream_fence();
 }

@@ -91,6 +91,11 @@ _merge_grad = define(
 )
 
 
+def _rows(x: Tensor) -> Tensor:
+    """``x`` with a contiguous last dimension; the others may be strided."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _prepare(
     metric: Tensor, r: int, size: Tensor | None, protected: int | Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None, int, Tensor | None, Tensor | None, tuple[int, ...]]:
@@ -116,7 +121,7 @@ def _prepare(
         if size.dtype != torch.float32 or tuple(size.shape) != lead:
             _check.fail(f"size of float32 {list(lead)}", size)
         size = _check.decided_from(size)
-    return _check.decided_from(metric), size, prefix, mask, cu_seqlens, lead
+    return _rows(metric.detach() if metric.requires_grad else metric), size, prefix, mask, cu_seqlens, lead
 
 
 def _plan(lists: tuple[Tensor, ...], lead: tuple[int, ...]) -> Plan:
@@ -210,7 +215,7 @@ def bipartite_merge(
     if tuple(x.shape[:-1]) != lead:
         _check.fail(f"x of shape [{', '.join(map(str, lead))}, C]", str(list(x.shape)))
     op = _merge_grad if needs_grad(x) else _merge
-    merged, total, *lists = op(_check.contiguous(x), checked, r, size, prefix, mask, cu_seqlens)
+    merged, total, *lists = op(_rows(x), checked, r, size, prefix, mask, cu_seqlens)
     plan = _plan(tuple(lists), lead)
     if len(lead) == 1:
         return Merged(merged, total, plan)

@@ -39,7 +39,7 @@ def _call(
     m = ext.bipartite_outputs(batch, tokens, r, protected, at_mask, at_cu)
     if m < 0:
         check(-m, name)
-    empty = metric.new_empty
+    empty = torch.empty
     cu_in, cu_out = empty(batch + 1, dtype=_INT), empty(batch + 1, dtype=_INT)
     anchor, member, offset = empty(m, dtype=_INT), empty(n, dtype=_INT), empty(m + 1, dtype=_INT)
     weight = empty(n, dtype=_FLOAT)
@@ -50,7 +50,7 @@ def _call(
         moved = (0, 0, 0, 0, 0, 0, 0)
     else:
         c = x.shape[-1]
-        y, total = x.new_empty(m, c), empty(m, dtype=_FLOAT)
+        y, total = empty(m, c, dtype=x.dtype), empty(m, dtype=_FLOAT)
         out = (y, total, *lists)
         x_batch = x.stride(0) if cu_seqlens is None else 0
         moved = (x.data_ptr(), x_code, c, x_batch, x.stride(-2), y.data_ptr(), total.data_ptr())
