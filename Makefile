@@ -58,7 +58,7 @@ check-lint: venv
 	$(TIMED) lint 2 scripts/lint $(PYTHON)
 
 check-isa: install
-	$(TIMED) isa 6 env $(HF_OFFLINE) scripts/each_isa $(PYTHON) tests/ops
+	$(TIMED) isa 6 env $(HF_OFFLINE) scripts/each_isa $(PYTHON) tests/ops tests/methods
 
 check-transformers-%: install
 	$(TIMED) transformers-$* 4 env $(HF_OFFLINE) scripts/with_transformers $* $(PYTHON) tests/models
