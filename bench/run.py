@@ -106,10 +106,10 @@ def main(arguments: list[str] | None = None) -> int:
     if path:
         write(rows, path)
         print(f"wrote {path}")
-        if not args.operators and not args.case:
-            from bench import plots, readme
+    if path == machine_file():
+        from bench import plots, readme
 
-            plots.draw(path)
-            readme.update(path)
+        plots.draw(path)
+        readme.update(path)
     print(f"took {time.perf_counter() - start:.0f} s; {failed} cases red")
     return 1 if failed else 0
