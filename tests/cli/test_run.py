@@ -218,6 +218,9 @@ def test_report_that_cannot_be_written(call: Call, checkpoint: Path, clip: Path,
     for target in (tmp_path, tmp_path / "missing" / "page.html"):
         said = call(*arguments(checkpoint, clip, "--report", target))
         assert said.code == 2 and "writable folder" in said.err
+    before = clip.read_bytes()
+    said = call(*arguments(checkpoint, clip, "--report", clip))
+    assert said.code == 2 and "another file than --video" in said.err and clip.read_bytes() == before
 
 
 def test_failure_inside_leaves_nothing(

@@ -138,6 +138,8 @@ def check(options: Options) -> Any:
         target = Path(options.report)
         if target.is_dir() or not os.access(target.resolve().parent, os.W_OK):
             raise InputError(f"expected --report as a file in a writable folder, got {one_line(options.report)!r}")
+        if target.exists() and Path(options.video).exists() and target.samefile(options.video):
+            raise InputError("expected --report to be another file than --video, got the same")
     load.dtype_of(options.dtype, load.device_of(options.device))
     if options.model:
         load.check_name(options.model)
