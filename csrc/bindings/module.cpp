@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "vidtok/attention_topk.h"
 #include "vidtok/bipartite.h"
 #include "vidtok/peak.h"
 #include "vidtok/adjacent_similarity.h"
@@ -96,6 +97,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("force_isa", &force_isa);
   m.def("last_error", &last_error);
+  m.def("attention_topk",
+        [](uintptr_t query, uintptr_t key, int dtype, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t width,
+           int64_t length, int64_t dim, int64_t key_batch, int64_t key_head, int64_t key_row, float scale,
+           uintptr_t mask, uintptr_t position, bool use_max, uintptr_t span, int64_t spans, uintptr_t group,
+           const std::vector<int64_t>& keep, uintptr_t index, int64_t num_index, uintptr_t score, int64_t num_score,
+           int threads) {
+          return run(attention_topk,
+                     AttentionTopkArgs{ptr<const void>(query), ptr<const void>(key), static_cast<DType>(dtype), batch,
+                                       q_heads, kv_heads, width, length, dim, key_batch, key_head, key_row, scale,
+                                       ptr<const uint8_t>(mask), ptr<const int64_t>(position), use_max,
+                                       ptr<const int64_t>(span), spans, ptr<const int64_t>(group), keep.data(),
+                                       int64_t(keep.size()), ptr<int64_t>(index), num_index, ptr<float>(score),
+                                       num_score, threads});
+        });
   m.def("bipartite_outputs", &bipartite_outputs);
   const auto bipartite_lists = [](uintptr_t metric, int metric_dtype, int64_t heads, int64_t cm, int64_t metric_batch,
                                   int64_t metric_head, int64_t metric_row, uintptr_t size, uintptr_t mask, uintptr_t cu,

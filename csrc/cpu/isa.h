@@ -1,6 +1,7 @@
 // Which instruction set serves, and the table of its kernels.
 #pragma once
 
+#include "cpu/attention_topk.h"
 #include "cpu/bipartite.h"
 #include "cpu/peak.h"
 #include "cpu/adjacent_similarity.h"
@@ -19,6 +20,7 @@ inline constexpr const char* kIsaNames[kIsaCount] = {"scalar", "avx2", "avx512",
 
 // One entry per operator; each instruction set's translation unit fills one such table.
 struct Kernels {
+  AttentionTopkKernels attention_topk;
   BipartiteKernels bipartite;
   PlanApplyKernels plan_apply;
   PositionRemapKernels position_remap;

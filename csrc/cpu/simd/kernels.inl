@@ -2,6 +2,7 @@
 #include "cpu/isa.h"
 #include "cpu/simd/vec.h"
 // One line per operator:
+#include "cpu/simd/attention_topk.inl"
 #include "cpu/simd/bipartite.inl"
 #include "cpu/simd/peak.inl"
 #include "cpu/simd/adjacent_similarity.inl"
@@ -19,6 +20,7 @@ namespace vidtok {
 
 extern const Kernels VIDTOK_CONCAT(kernels_, VIDTOK_ISA);
 const Kernels VIDTOK_CONCAT(kernels_, VIDTOK_ISA) = {
+    VIDTOK_ISA::attention_topk_kernels,
     VIDTOK_ISA::bipartite_kernels,
     VIDTOK_ISA::plan_apply_kernels,
     VIDTOK_ISA::position_remap_kernels,
