@@ -13,7 +13,7 @@ import torch
 from bench import allocator, clock, overhead
 from bench.harness import Budget, measure
 from bench.limits import Limits
-from bench.row import RESULTS, Row, context, cpu_name, write
+from bench.row import RESULTS, ROOT, Row, context, cpu_name, write
 from bench.suites import SUITES
 
 
@@ -102,7 +102,9 @@ def main(arguments: list[str] | None = None) -> int:
         from bench import memory
 
         rows += memory.rows(shared)
-    path = args.out or (None if args.operators or args.case or failed else machine_file())
+    path = args.out or (None if args.operators or args.case else machine_file())
+    if failed and path == machine_file():
+        path = ROOT / "out" / path.name  # what was green, out of the way of the last good run
     if path:
         write(rows, path)
         print(f"wrote {path}")
