@@ -22,7 +22,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Longer lists of neighbours are selected row by row instead of kept sorted.
 constexpr int64_t kLongestList = 32;
 // Columns whose lists stay in L1 while the rows pass by.
-constexpr int64_t kColumns = 256;
+constexpr int64_t kColumns = 512;
 constexpr int64_t kHugePage = int64_t(2) << 20;
 
 // Memory of one segment, in huge pages where it is large: touching 4 KiB pages for the first time
@@ -170,6 +170,9 @@ void over_columns(int threads, int64_t cols, int64_t bytes, Body&& body) {
 // Rows an odd number of cache lines apart, so that a column does not fall into one cache set.
 int64_t row_length(int64_t padded) { return padded % 32 == 0 ? padded + 16 : padded; }
 
+// Lists of up to eight neighbours take a sorting network of that size; 0 for no lists.
+int64_t list_slots(int64_t k) { return k <= 8 ? 8 : k <= kLongestList ? k : 0; }
+
 struct KeptLayout {
   int64_t padded, ld, slab, list;
   int64_t bytes() const {
@@ -178,14 +181,14 @@ struct KeptLayout {
 };
 
 // A whole segment's distances take at most three quarters of the workspace, packed tokens as much of
-// the rest as they need; a single thread packs no more than stays in L2.
+// the rest as they need; a single thread packs no more than stays in L2 beside small distances.
 bool kept_layout(const Segment& s, int64_t workspace, int threads, KeptLayout& out) {
   const int64_t padded = round_up(s.n, 16), ld = row_length(padded);
   if (padded > 65536 || 4 * padded * ld > workspace / 4 * 3) return false;
   const int64_t words = round_up(gram_words(s.dtype, s.c), kGramBlock);
-  const int64_t room = threads == 1 ? int64_t(512) << 10 : workspace / 16 * 3;
+  const int64_t room = threads == 1 && padded <= 400 ? int64_t(512) << 10 : workspace / 16 * 3;
   const int64_t fitting = std::max(room / (4 * padded) / kGramBlock * kGramBlock, kGramBlock);
-  out = {padded, ld, std::min(words, fitting), s.k <= kLongestList ? s.k : 0};
+  out = {padded, ld, std::min(words, fitting), list_slots(s.k)};
   return true;
 }
 
@@ -205,12 +208,13 @@ Status cluster_kept(const Segment& s, const KeptLayout& layout) {
   block.g = u, block.ldg = ld, block.slab = layout.slab, block.threads = s.threads;
   gram_block(block);
   const double unit = block.scale.unit;
-  const int64_t pass = 4 * s.n * ld, cols = round_up(s.n, kernels().gram.panel);
+  // A quarter of the bytes: such a pass is soon done, and another thread is worth waking later.
+  const int64_t pass = s.n * ld, cols = round_up(s.n, kernels().gram.panel);
 
   if (layout.list > 0) {
     over_columns(s.threads, cols, pass, [&](int64_t begin, int64_t end) {
-      for (int64_t i = 0; i < s.k; ++i) std::fill(list + i * padded + begin, list + i * padded + end, kInfinity);
-      kernel.nearest(u, ld, s.n, begin, end, s.k, list, padded);
+      for (int64_t i = 0; i < layout.list; ++i) std::fill(list + i * padded + begin, list + i * padded + end, kInfinity);
+      kernel.nearest(u, ld, s.n, begin, end, layout.list, list, padded);
       densities(list, padded, begin, std::min(end, s.n), s.k, unit, t.density);
     });
   } else {
@@ -230,7 +234,7 @@ Status cluster_kept(const Segment& s, const KeptLayout& layout) {
   std::vector<int32_t> rank_by_index;
   choose_centers(s, t, unit, rank_by_index);
 
-  over_columns(s.threads, cols, 4 * s.clusters * ld, [&](int64_t begin, int64_t end) {
+  over_columns(s.threads, cols, s.clusters * ld, [&](int64_t begin, int64_t end) {
     std::fill(t.best + begin, t.best + end, kInfinity);
     kernel.assign(u, ld, t.by_index, s.clusters, 0, begin, end, t.best, t.who);
     write_assignment(s, t, rank_by_index, begin, std::min(end, s.n));
@@ -254,7 +258,7 @@ SweptLayout swept_layout(const Segment& s) {
   const int64_t side = std::max(int64_t(std::sqrt(double(s.workspace) / 16.0)) / 64 * 64, int64_t(64));
   const int64_t words = round_up(gram_words(s.dtype, s.c), kGramBlock);
   const int64_t slab = std::max(s.workspace / 4 / (8 * side) / kGramBlock * kGramBlock, kGramBlock);
-  return {side, std::min(words, slab), s.k <= kLongestList ? s.k : 0, round_up(s.n, 16)};
+  return {side, std::min(words, slab), list_slots(s.k), round_up(s.n, 16)};
 }
 
 Status cluster_swept(const Segment& s) {
@@ -308,7 +312,7 @@ Status cluster_swept(const Segment& s) {
     std::fill(list, list + layout.list * padded, kInfinity);
     sweep([&](const float* part, int64_t, int64_t rows, int64_t col, int64_t cols) {
       over_columns(s.threads, round_up(cols, gram.panel), 4 * rows * cols, [&](int64_t begin, int64_t end) {
-        kernel.nearest(part, side, rows, begin, end, s.k, list + col, padded);
+        kernel.nearest(part, side, rows, begin, end, layout.list, list + col, padded);
       });
     });
     densities(list, padded, 0, s.n, s.k, unit, t.density);

@@ -9,8 +9,8 @@ namespace vidtok {
 // Distance units are kept as floats: integers up to 2²², exact. u is [rows, ld]; columns are padded to
 // whole panels. Each function owns a range of columns or of rows.
 struct ClusterKernels {
-  // list[t][j]: the k smallest units of column j so far, ascending; columns [begin, end).
-  void (*nearest)(const float* u, int64_t ld, int64_t rows, int64_t begin, int64_t end, int64_t k, float* list,
+  // list[t][j]: the `slots` smallest units of column j so far, ascending; columns [begin, end).
+  void (*nearest)(const float* u, int64_t ld, int64_t rows, int64_t begin, int64_t end, int64_t slots, float* list,
                   int64_t ldl);
   // best[i] = min(best[i], u[i][j] over col_rank[j] < row_rank[i]), largest[i] = max(largest[i], u[i][j]); rows
   // [begin, end) over all `cols` columns.

@@ -52,15 +52,61 @@ VIDTOK_INLINE vec select(mask m, vec a, vec b) { return m ? a : b; }
 VIDTOK_INLINE ivec select(mask m, ivec a, ivec b) { return m ? a : b; }
 #endif
 
-// Lanes are columns: an entry below the largest of its column's list sinks into the list.
-void nearest(const float* u, int64_t ld, int64_t rows, int64_t begin, int64_t end, int64_t k, float* list, int64_t ldl) {
-  const float* last = list + (k - 1) * ldl;
+VIDTOK_INLINE void order(vec& a, vec& b) {
+  const vec low = min(a, b);
+  b = max(a, b);
+  a = low;
+}
+
+// Batcher's network: eight vectors, each lane ascending.
+VIDTOK_INLINE void sort_8(vec (&v)[8]) {
+  order(v[0], v[1]), order(v[2], v[3]), order(v[4], v[5]), order(v[6], v[7]);
+  order(v[0], v[2]), order(v[1], v[3]), order(v[4], v[6]), order(v[5], v[7]);
+  order(v[1], v[2]), order(v[5], v[6]);
+  order(v[0], v[4]), order(v[1], v[5]), order(v[2], v[6]), order(v[3], v[7]);
+  order(v[2], v[4]), order(v[3], v[5]);
+  order(v[1], v[2]), order(v[3], v[4]), order(v[5], v[6]);
+}
+
+// The eight smallest of two ascending eights, ascending: their smaller halves form a bitonic sequence.
+VIDTOK_INLINE void merge_8(vec (&held)[8], const vec (&v)[8]) {
+#pragma GCC unroll 8
+  for (int t = 0; t < 8; ++t) held[t] = min(held[t], v[7 - t]);
+  order(held[0], held[4]), order(held[1], held[5]), order(held[2], held[6]), order(held[3], held[7]);
+  order(held[0], held[2]), order(held[1], held[3]), order(held[4], held[6]), order(held[5], held[7]);
+  order(held[0], held[1]), order(held[2], held[3]), order(held[4], held[5]), order(held[6], held[7]);
+}
+
+// Lanes are columns; eight rows at a time, without branches, as most rows reach some lane's list.
+void nearest_8(const float* u, int64_t ld, int64_t rows, int64_t begin, int64_t end, float* list, int64_t ldl) {
+  const vec none = set1(__builtin_inff());
+  for (int64_t i = 0; i < rows; i += 8) {
+    const float* row = u + i * ld;
+    const int64_t left = rows - i;
+    for (int64_t j = begin; j < end; j += kWidth) {
+      vec v[8], held[8];
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) v[r] = r < left ? load(row + r * ld + j) : none;
+      sort_8(v);
+#pragma GCC unroll 8
+      for (int t = 0; t < 8; ++t) held[t] = load(list + t * ldl + j);
+      merge_8(held, v);
+#pragma GCC unroll 8
+      for (int t = 0; t < 8; ++t) store(list + t * ldl + j, held[t]);
+    }
+  }
+}
+
+// An entry below the largest of its column's list sinks into the list.
+void nearest_any(const float* u, int64_t ld, int64_t rows, int64_t begin, int64_t end, int64_t slots, float* list,
+                 int64_t ldl) {
+  const float* last = list + (slots - 1) * ldl;
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = u + i * ld;
     for (int64_t j = begin; j < end; j += kWidth) {
       vec v = load(row + j);
       if (!any(less(v, load(last + j)))) continue;
-      for (int64_t t = 0; t < k; ++t) {
+      for (int64_t t = 0; t < slots; ++t) {
         float* slot = list + t * ldl + j;
         const vec held = load(slot);
         store(slot, min(v, held));
@@ -68,6 +114,12 @@ void nearest(const float* u, int64_t ld, int64_t rows, int64_t begin, int64_t en
       }
     }
   }
+}
+
+void nearest(const float* u, int64_t ld, int64_t rows, int64_t begin, int64_t end, int64_t slots, float* list,
+             int64_t ldl) {
+  if (slots == 8) return nearest_8(u, ld, rows, begin, end, list, ldl);
+  nearest_any(u, ld, rows, begin, end, slots, list, ldl);
 }
 
 VIDTOK_INLINE float lane_min(vec a) {

@@ -25,6 +25,8 @@ VIDTOK_INLINE bool pairs(DType dtype) { return kBf16Dot && dtype == DType::bf16;
 
 int64_t words(DType dtype, int64_t c) { return pairs(dtype) ? (c + 1) / 2 : c; }
 
+VIDTOK_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // acc + a·b; of pairs, both products.
 template <bool kPairs>
 VIDTOK_INLINE vec dot(vec a, vec b, vec acc) {
@@ -155,23 +157,32 @@ void pack(const GramPack& a, int64_t panel_begin, int64_t panel_end, int64_t pan
 // ---------------------------------------------------------------- dot products
 
 #if VIDTOK_WIDTH > 1
+// `next` holds columns that are wanted soon; they and the rows of the next panel are fetched meanwhile.
 template <int MR, int NV, bool kPairs>
-void block(const float* __restrict a, const float* __restrict b, int64_t words, float* g, int64_t ldg, bool first) {
+void block(const float* __restrict a, const float* __restrict b, int64_t words, float* g, int64_t ldg, bool first,
+           const float* next) {
   vec acc[MR][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[i][j] = zero();
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < words; ++k) {
-    vec col[NV];
+    for (int j = 0; j < NV; ++j) {
+      acc[i][j] = zero();
+      prefetch(g + i * ldg + j * kPanel);
+    }
+  for (int64_t k = 0; k < words; k += 8) {
+    prefetch_l2(next + k * 2);
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) col[j] = load(b + k * kPanel + j * kPanelWords);
+    for (int64_t q = k; q < k + 8; ++q) {
+      prefetch_l2(a + q * kPanel + kPanelWords);
+      vec col[NV];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) col[j] = load(b + q * kPanel + j * kPanelWords);
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      const vec row = set1(a[k * kPanel + i]);
+      for (int i = 0; i < MR; ++i) {
+        const vec row = set1(a[q * kPanel + i]);
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[i][j] = dot<kPairs>(row, col[j], acc[i][j]);
+        for (int j = 0; j < NV; ++j) acc[i][j] = dot<kPairs>(row, col[j], acc[i][j]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -184,7 +195,8 @@ void block(const float* __restrict a, const float* __restrict b, int64_t words, 
 }
 #else
 template <int MR, int NV, bool kPairs>
-void block(const float* __restrict a, const float* __restrict b, int64_t words, float* g, int64_t ldg, bool first) {
+void block(const float* __restrict a, const float* __restrict b, int64_t words, float* g, int64_t ldg, bool first,
+           const float*) {
   for (int j = 0; j < NV; ++j, b += kPanelWords, g += kPanel) {
     float acc[MR][kPanel] = {};
     for (int64_t k = 0; k < words; ++k)
@@ -197,10 +209,11 @@ void block(const float* __restrict a, const float* __restrict b, int64_t words, 
 #endif
 
 template <int MR, bool kPairs>
-VIDTOK_INLINE void block_of(int nv, const float* a, const float* b, int64_t words, float* g, int64_t ldg, bool first) {
-  if (nv == 3) return block<MR, 3, kPairs>(a, b, words, g, ldg, first);
-  if (nv == 2) return block<MR, 2, kPairs>(a, b, words, g, ldg, first);
-  block<MR, 1, kPairs>(a, b, words, g, ldg, first);
+VIDTOK_INLINE void block_of(int nv, const float* a, const float* b, int64_t words, float* g, int64_t ldg, bool first,
+                            const float* next) {
+  if (nv == 3) return block<MR, 3, kPairs>(a, b, words, g, ldg, first, next);
+  if (nv == 2) return block<MR, 2, kPairs>(a, b, words, g, ldg, first, next);
+  block<MR, 1, kPairs>(a, b, words, g, ldg, first, next);
 }
 
 // The columns of one group stay in L1 while the rows pass by.
@@ -219,13 +232,15 @@ void tile_of(const GramTile& t) {
         const float* b = t.b + (kb * t.b_panels + from) * kPanelWords;
         float* g = t.g + r * t.ldg + from * kPanel;
         const int nv = int(group_end - from);
+        // Each row block fetches its share of the next group: one line for every eight words.
+        const float* next = t.b + (kb * t.b_panels + group_end) * kPanelWords + (r - t.row_begin) / kRows * (2 * kGramBlock);
 #if VIDTOK_WIDTH == 16
         if (t.row_end - r <= 4) {
-          block_of<4, kPairs>(nv, a, b, words, g, t.ldg, first);
+          block_of<4, kPairs>(nv, a, b, words, g, t.ldg, first, next);
           continue;
         }
 #endif
-        block_of<kRows, kPairs>(nv, a, b, words, g, t.ldg, first);
+        block_of<kRows, kPairs>(nv, a, b, words, g, t.ldg, first, next);
       }
     }
   }
