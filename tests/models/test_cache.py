@@ -153,6 +153,16 @@ def test_loop_by_hand(models, kind, monkeypatch):
             assert (by_hand(model, inputs, tokens) - whole).abs().max() > 1e-2
 
 
+@pytest.mark.skipif(tiny.VERSION[0] == 4, reason="transformers 4.57 takes positions from cache_position")
+def test_positions_of_the_whole_sequence_are_refused(models):
+    model, inputs = models("qwen2_5_vl"), prompt("qwen2_5_vl", 1)
+    with vidtok.attach(model, visual=tiny.drop):
+        cache = model(**inputs).past_key_values
+        mask = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
+        with pytest.raises(ValueError, match="position_ids for the 1 tokens of this pass"):
+            model(input_ids=TEXT[:, :1], attention_mask=mask, past_key_values=cache)
+
+
 def test_decode_needs_the_mask_of_the_reduced_prompt(models, monkeypatch):
     model, inputs = models("qwen2_5_vl", "sdpa"), prompt("qwen2_5_vl", 3)
     with vidtok.attach(model, visual=tiny.drop):

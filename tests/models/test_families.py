@@ -154,16 +154,24 @@ def test_models_spread_by_accelerate(models):
 
 
 @pytest.mark.slow
+@torch.no_grad()
 def test_compiled_models():
-    inputs = tiny.batch("qwen2_5_vl", tiny.ROWS)
-    model = tiny.make("qwen2_5_vl", layers=1)
-    with vidtok.attach(model, visual=tiny.drop), torch.no_grad():
+    inputs, model = tiny.batch("qwen2_5_vl", tiny.ROWS), tiny.make("qwen2_5_vl", layers=1)
+    plain = model(**inputs, use_cache=False).logits
+    with vidtok.attach(model, visual=tiny.drop):
         right = model(**inputs, use_cache=False).logits
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
-    with vidtok.attach(compiled, visual=tiny.drop), torch.no_grad():
+    # Compiled code does not look for new hooks, so code from before and after must not be kept.
+    torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, plain)
+    with vidtok.attach(model, visual=tiny.drop):
         torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, right)
-    torch._dynamo.reset()
+    torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, plain)
+    torch.compiler.reset()
+
+
+def test_compiled_models_without_breaks_are_refused(models):
+    with pytest.raises(ValueError, match="fullgraph"):
+        vidtok.attach(torch.compile(models("qwen2_5_vl"), fullgraph=True, backend="eager"), visual=tiny.drop)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -323,6 +323,25 @@ def test_packed_rows_are_refused(models):
             model(**inputs, logits_to_keep=torch.tensor([3, 4]))
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_text_positions_for_a_video_are_refused(models, kind):
+    model, inputs = models(kind), tiny.batch(kind, tiny.ROWS)
+    shape = inputs["input_ids"].shape
+    flat = torch.arange(shape[1]).expand(3, *shape)
+    with vidtok.attach(model, visual=tiny.drop):
+        for position in (flat, flat[0]):
+            with pytest.raises(ValueError, match="M-RoPE"):
+                model(**inputs, position_ids=position)
+        if tiny.VERSION[0] > 4:
+            del inputs["mm_token_type_ids"]
+            with pytest.raises(ValueError, match="mm_token_type_ids"):
+                model.generate(**inputs, max_new_tokens=2)
+            with pytest.raises(ValueError, match="mm_token_type_ids"):
+                model(**inputs)
+    with vidtok.attach(model, visual=tiny.drop, position="renumber"), pytest.raises(ValueError, match="tokens of this"):
+        model(**inputs, position_ids=flat[..., 1:])
+
+
 def test_embeddings_instead_of_ids(models):
     model, inputs = models("qwen2_5_vl"), tiny.batch("qwen2_5_vl", tiny.ROWS)
     with into_language_model(model) as calls:

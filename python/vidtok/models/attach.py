@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -26,19 +27,26 @@ def _make_inert() -> Any:
 class _Hook:
     """A forward hook that stays with its module: copies and pickles of the module get an inert one."""
 
-    def __init__(self, place: str, run: Any) -> None:
-        self.place, self.run = place, run
+    def __init__(self, place: str, owner: VisualHook, run: Any) -> None:
+        self.place, self.owner, self.run = place, owner, run
 
     # A compiled model breaks its graph here: plans have sizes that only the data knows.
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
+        return self.run(*args, **kwargs) if self.owner.active else None
 
     def __deepcopy__(self, memo: Any) -> Any:
         return _inert
 
     def __reduce__(self) -> Any:
         return _make_inert, ()
+
+
+def _forget_compiled() -> None:
+    """Drop compiled code, which would go on with the hooks that it was compiled with: it does not look for others."""
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    if getattr(frames, "FRAME_COUNTER", 0):
+        torch.compiler.reset()
 
 
 class Handle:
@@ -54,6 +62,8 @@ class Handle:
 
     def restore(self) -> None:
         """Take the attachment out; the model is as before. A second call does nothing."""
+        if self.active:
+            _forget_compiled()
         self._hook.active = False
         while self._handles:
             self._handles.pop().remove()
@@ -126,12 +136,13 @@ def attach(
     if any(isinstance(h, _Hook) and h.place == "visual" for h in places.language_model._forward_pre_hooks.values()):
         raise ValueError("expected a model without attachment at the language-model input, got one; restore() it first")
     hook = VisualHook(places, method, position)
+    _forget_compiled()
 
     def before(module: nn.Module, run: Any) -> Any:
-        return module.register_forward_pre_hook(_Hook("visual", run), with_kwargs=True)
+        return module.register_forward_pre_hook(_Hook("visual", hook, run), with_kwargs=True)
 
     def after(module: nn.Module, run: Any, always: bool = False) -> Any:
-        return module.register_forward_hook(_Hook("visual", run), with_kwargs=True, always_call=always)
+        return module.register_forward_hook(_Hook("visual", hook, run), with_kwargs=True, always_call=always)
 
     handles = []
     if places.outer is not None:

@@ -20,6 +20,9 @@ REFUSED = (
     ("prefill_chunk_size", "all", "a chunk may end inside a video, and no version splits the pixels with it"),
     ("packed rows (cu_seq_lens, restarting position ids, 4-D masks)", "all", "rows of a batch are told apart by mask"),
     ("logits_to_keep as a tensor", "all", "its indices count tokens that may have been dropped"),
+    ("later passes with position_ids of the whole sequence", "all", "the unreduced model takes them for this pass"),
+    ("video without M-RoPE positions (no mm_token_type_ids)", "5.x", "the unreduced model silently falls back to 1-D"),
+    ("torch.compile(fullgraph=True)", "all", "plans have sizes that only the data knows"),
     ("nn.DataParallel", "all", "its replicas share one model object; use DistributedDataParallel"),
     ("prompt-learning PEFT adapters", "all", "virtual tokens shift the columns of the prompt"),
     ("beam search and num_return_sequences with Qwen3-VL videos", "4.57", "the unreduced model raises in generate"),
@@ -69,6 +72,11 @@ def _unwrap(model: Any) -> Any:
         if isinstance(model, nn.DataParallel):
             raise ValueError("expected a plain or DistributedDataParallel model, got nn.DataParallel")
         if hasattr(model, "_orig_mod"):
+            if getattr(getattr(model, "dynamo_ctx", None), "fullgraph", False):
+                raise ValueError(
+                    "expected a compiled model that may break its graph, got torch.compile(fullgraph=True), and plans "
+                    "have sizes that only the data knows"
+                )
             model = model._orig_mod
         elif callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config"):
             configs = model.peft_config

@@ -163,7 +163,7 @@ class VisualHook:
             return self._continue(call, arguments, embeds, cache, state, record)
         if plan.is_gather and plan.num_out == plan.num_in and self.position == "keep":
             return self._continue(call, arguments, embeds, cache, state, record)
-        _refuse(arguments, call, cache)
+        _refuse(arguments, call, cache, length)
         move = Span(device)
         cu = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
         visual = call.visual.columns.to(device)
@@ -178,7 +178,7 @@ class VisualHook:
         full = torch.ones(batch, past + width, dtype=torch.long, device=device)
         changed["attention_mask"] = full if mask is None else mask.long()
         number = columns.consecutive(mask, batch, past, width, device)
-        changed["position_ids"] = self._positions(arguments.get("position_ids"), rows, number, past + dropped, length)
+        changed["position_ids"] = self._positions(arguments["position_ids"], rows, number)
         if arguments.get("visual_pos_masks") is not None:
             self._deepstack(changed, plan, rows, visual, real)
         if "cache_position" in changed:
@@ -223,9 +223,10 @@ class VisualHook:
         changed = dict(arguments)
         changed["attention_mask"] = None if mask is None else mask.long()
         position = arguments.get("position_ids")
+        _refuse_length(position, length)
         if self.position == "renumber":
             number = columns.consecutive(mask, batch, past, length, device)
-            changed["position_ids"] = number.expand(_rows_of(position), -1, -1)
+            changed["position_ids"] = number.expand(3 if position is None else position.shape[0], -1, -1)
         elif position is None:
             start = past + state.dropped
             changed["position_ids"] = torch.arange(start, start + length, device=device).expand(3, batch, length)
@@ -262,19 +263,13 @@ class VisualHook:
             plan = plan.to(embeds.device)
         return plan, span.stop()
 
-    def _positions(self, position: Tensor | None, rows: Plan, number: Tensor, logical: int, length: int) -> Tensor:
-        batch = number.shape[0]
+    def _positions(self, position: Tensor, rows: Plan, number: Tensor) -> Tensor:
         if self.position == "renumber":
-            return number.expand(_rows_of(position), -1, -1)
-        if position is None:
-            position = torch.arange(logical, logical + length, device=number.device).expand(3, batch, length)
-        position = position.to(number.device).expand(*position.shape[:-2], batch, length)
-        (kept,) = ops.position_remap(rows, position, dim=-1)
-        if kept.dim() == 3 and kept.shape[0] == 4:
+            return number.expand(position.shape[0], -1, -1)
+        (kept,) = ops.position_remap(rows, position.to(number.device).expand(-1, number.shape[0], -1), dim=-1)
+        if kept.shape[0] == 4:
             # Row 0 only tells packed rows apart: gaps in it would be read as borders between sequences.
             kept = torch.cat([number[None], kept[1:]])
-        elif kept.dim() == 2:
-            kept = kept.expand(3, -1, -1)
         return kept
 
     @staticmethod
@@ -294,10 +289,6 @@ class VisualHook:
         (changed["visual_pos_masks"],) = ops.position_remap(rows, visual, dim=-1, fill=0)
 
 
-def _rows_of(position: Tensor | None) -> int:
-    return 3 if position is None or position.dim() == 2 else position.shape[0]
-
-
 def _shorten(labels: Tensor, rows: Plan, valid: Tensor) -> None:
     """Give the labels of a call, in place, the tokens of the reduced rows."""
     (short,) = ops.position_remap(rows, labels.to(valid.device), dim=-1, fill=-100)
@@ -307,18 +298,35 @@ def _shorten(labels: Tensor, rows: Plan, valid: Tensor) -> None:
     labels.resize_(short.shape).copy_(short)
 
 
-def _refuse(arguments: dict[str, Any], call: Call, cache: Any) -> None:
+def _refuse(arguments: dict[str, Any], call: Call, cache: Any, length: int) -> None:
     """Raise for calls in which dropping tokens would silently change something else."""
     if isinstance(call.logits_to_keep, Tensor):
         _check.fail("logits_to_keep as a number, because tokens are dropped", "a tensor")
     if any(arguments.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k")):
         raise ValueError("expected padded rows, got rows packed by cu_seq_lens, which cannot be reduced")
     position = arguments.get("position_ids")
-    if position is None or cache is not None or arguments.get("attention_mask") is not None:
-        return
-    if position.dim() == 2 or position.shape[0] == 4:
-        row = position if position.dim() == 2 else position[0]
-        if bool((row.diff(dim=-1) < 0).any()):
-            raise ValueError(
-                "expected padded rows, got rows packed by restarting position_ids, which cannot be reduced"
-            )
+    _refuse_length(position, length)
+    if position is None or position.dim() == 2 or _is_text(position, call.visual):
+        raise ValueError(
+            "expected M-RoPE positions for the visual tokens, got 1-D text positions; "
+            "pass the processor's mm_token_type_ids, or position_ids of shape [3, B, L]"
+        )
+    bare = cache is None and arguments.get("attention_mask") is None and position.shape[0] == 4
+    if bare and bool((position[0].diff(dim=-1) < 0).any()):
+        raise ValueError("expected padded rows, got rows packed by restarting position_ids, which cannot be reduced")
+
+
+def _is_text(position: Tensor, visual: Visual | None) -> bool:
+    """Whether visual tokens got 1-D positions: height and width ids of a real grid differ somewhere."""
+    if visual is None or all(h * w < 2 for _, h, w in (unit.grid_thw for unit in visual.units)):
+        return False
+    height, width = position[-2:].flatten(1)[:, visual.columns.to(position.device)]
+    return torch.equal(height, width)
+
+
+def _refuse_length(position: Tensor | None, length: int) -> None:
+    if position is not None and position.shape[-1] != length:
+        _check.fail(
+            f"position_ids for the {length} tokens of this pass",
+            f"{position.shape[-1]} (give it no attention_mask of the whole sequence without position_ids)",
+        )
