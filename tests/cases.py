@@ -128,7 +128,10 @@ CASES += [
     Case(
         "adjacent_similarity",
         "window special rows",
-        lambda m: ((with_rows(m.exact(24, 20), zero=(0, 7), nan=(9,)), [(4, 2, 3)]), {"to": "window", "window": [1, 3]}),
+        lambda m: (
+            (with_rows(m.exact(24, 20), zero=(0, 7), nan=(9,)), [(4, 2, 3)]),
+            {"to": "window", "window": [1, 3]},
+        ),
     ),
     Case("adjacent_similarity", "strided", lambda m: ((m.exact(12, 40)[:, ::2], [(3, 2, 2)]), {})),
     Case("adjacent_similarity", "random", lambda m: ((m.normal(60, 130), [(5, 3, 4)]), {}), decides=False),
@@ -148,13 +151,21 @@ CASES += [
         "ragged",
         lambda m: ((m.exact(70, 24), torch.tensor([2, 0, 33, 1])), {"k": 5, "cu_seqlens": m.offsets(3, 0, 66, 1)}),
     ),
-    Case("cluster_dpc_knn", "special rows", lambda m: ((with_rows(m.exact(30, 16), zero=(1,), nan=(4,), inf=(8,)), 9), {"k": 3})),
+    Case(
+        "cluster_dpc_knn",
+        "special rows",
+        lambda m: ((with_rows(m.exact(30, 16), zero=(1,), nan=(4,), inf=(8,)), 9), {"k": 3}),
+    ),
     Case("cluster_dpc_knn", "strided", lambda m: ((m.exact(16, 32)[:, ::2], 5), {"k": 3})),
 ]
 
 # ---------------------------------------------------------------------- attention_topk
 CASES += [
-    Case("attention_topk", "one row", lambda m: ((m.exact(1, 4, 1, 16), m.exact(1, 2, 50, 16), 8), {"span": [(0, 5, 40)]})),
+    Case(
+        "attention_topk",
+        "one row",
+        lambda m: ((m.exact(1, 4, 1, 16), m.exact(1, 2, 50, 16), 8), {"span": [(0, 5, 40)]}),
+    ),
     Case(
         "attention_topk",
         "batch, groups, mask",
@@ -187,10 +198,23 @@ CASES += [
             {"span": [(0, 0, 5), (1, 0, 5)], "query_position": torch.tensor([[-1, -1], [3, -1]])},
         ),
     ),
-    Case("attention_topk", "equal keys", lambda m: ((m.exact(1, 4, 1, 16), m.exact(1, 2, 1, 16).expand(1, 2, 700, 16), 30), {"span": [(0, 1, 699)]})),
+    Case(
+        "attention_topk",
+        "equal keys",
+        lambda m: ((m.exact(1, 4, 1, 16), m.exact(1, 2, 1, 16).expand(1, 2, 700, 16), 30), {"span": [(0, 1, 699)]}),
+    ),
     Case("attention_topk", "no spans", lambda m: ((m.exact(1, 2, 1, 8), m.exact(1, 1, 4, 8), 3), {"span": []})),
-    Case("attention_topk", "random", lambda m: ((m.normal(1, 28, 1, 128), m.normal(1, 4, 1000, 128), 300), {"span": [(0, 10, 990)]}), decides=False),
-    Case("attention_topk", "cache layout", lambda m: ((m.exact(1, 4, 1, 16), m.exact(1, 60, 2, 16).transpose(1, 2), 8), {"span": [(0, 5, 40)]})),
+    Case(
+        "attention_topk",
+        "random",
+        lambda m: ((m.normal(1, 28, 1, 128), m.normal(1, 4, 1000, 128), 300), {"span": [(0, 10, 990)]}),
+        decides=False,
+    ),
+    Case(
+        "attention_topk",
+        "cache layout",
+        lambda m: ((m.exact(1, 4, 1, 16), m.exact(1, 60, 2, 16).transpose(1, 2), 8), {"span": [(0, 5, 40)]}),
+    ),
 ]
 
 # ---------------------------------------------------------------------- bipartite
@@ -270,7 +294,13 @@ CASES += [
         "position_remap",
         "dense riders",
         lambda m: (
-            (padded_plan(m), m.exact(2, 12, 40), m.ints(50, 3, 2, 12), torch.ones(2, 12, dtype=torch.bool), m.ints(9, 2, 12)),
+            (
+                padded_plan(m),
+                m.exact(2, 12, 40),
+                m.ints(50, 3, 2, 12),
+                torch.ones(2, 12, dtype=torch.bool),
+                m.ints(9, 2, 12),
+            ),
             {"dim": [1, -1, -1, -1], "fill": [0, 0, 0, -100]},
         ),
     ),
@@ -287,10 +317,17 @@ CASES += [
 
 # ---------------------------------------------------------------------- contour_select
 for _rule in ("stratified", "contour", "contour+fps"):
-    CASES.append(Case("contour_select", _rule, lambda m, rule=_rule: ((m.normal(48, 40), 9), {"rule": rule}), decides=False))
+    CASES.append(
+        Case("contour_select", _rule, lambda m, rule=_rule: ((m.normal(48, 40), 9), {"rule": rule}), decides=False)
+    )
 CASES += [
     Case("contour_select", "query", lambda m: ((m.normal(40, 33), 5), {"query": m.normal(33)}), decides=False),
-    Case("contour_select", "ragged", lambda m: ((m.normal(60, 20), [1, 0, 7]), {"cu_seqlens": m.offsets(3, 0, 57)}), decides=False),
+    Case(
+        "contour_select",
+        "ragged",
+        lambda m: ((m.normal(60, 20), [1, 0, 7]), {"cu_seqlens": m.offsets(3, 0, 57)}),
+        decides=False,
+    ),
     Case("contour_select", "equal", lambda m: ((torch.ones(20, 8, dtype=m.dtype), 6), {})),
     Case("contour_select", "NaN frame", lambda m: ((with_rows(m.normal(24, 12), nan=(5,)), 6), {}), decides=False),
     Case("contour_select", "empty", lambda m: ((m.exact(0, 8), 0), {})),

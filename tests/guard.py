@@ -70,8 +70,15 @@ def poisoned_allocation(at: str | None = None) -> Iterator[None]:
     def new_empty(self: Tensor, *size: Any, **options: Any) -> Tensor:
         out = original(self, *size, **options)
         if out.device.type != "cpu" or out.dtype not in (
-            torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8, torch.bool,
-        ):  # fmt: skip
+            torch.float32,
+            torch.float64,
+            torch.bfloat16,
+            torch.float16,
+            torch.int32,
+            torch.int64,
+            torch.uint8,
+            torch.bool,
+        ):
             return out
         if at is not None and type(out) is Tensor:
             out = guarded_empty(tuple(out.shape), out.dtype, at)

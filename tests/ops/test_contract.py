@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import vidtok
 from torch import Tensor
-from vidtok.plan import Plan
 
+import vidtok
 from tests.cases import CASES, DTYPES, Case, Make
 from tests.guard import guarded, map_tensors, poisoned_allocation
+from vidtok.plan import Plan
 
 DTYPE_NAMES = [str(d).removeprefix("torch.") for d in DTYPES]
 TOLERANCE = {
@@ -107,8 +107,10 @@ def test_deterministic_and_leaves_inputs_alone(case, dtype, isa):
         torch.set_num_threads(threads)
     for other in results[1:]:
         for a, b in zip(results[0], other):
-            assert a.numpy(force=True).tobytes() == b.numpy(force=True).tobytes() if a.dtype != torch.bfloat16 else (
-                torch.equal(a.view(torch.int16), b.view(torch.int16))
+            assert (
+                a.numpy(force=True).tobytes() == b.numpy(force=True).tobytes()
+                if a.dtype != torch.bfloat16
+                else (torch.equal(a.view(torch.int16), b.view(torch.int16)))
             )
     changed: list[Tensor] = []
     kept: list[Tensor] = []
@@ -207,7 +209,9 @@ def test_opcheck(case, grad):
     calls = recorded_calls(case, torch.float32, grad)
     assert calls and (not grad or calls[0][0]._opname == f"{case.op}_grad")
     for func, args in calls:
-        args = map_tensors(args, lambda t: t.detach().clone().requires_grad_(grad and t.is_floating_point() and t.dim() > 1))
+        args = map_tensors(
+            args, lambda t: t.detach().clone().requires_grad_(grad and t.is_floating_point() and t.dim() > 1)
+        )
         tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
         torch.library.opcheck(func, args, test_utils=tests)
 
@@ -255,7 +259,7 @@ def test_native_gradient_equals_reference(case, dtype, isa):
 
 def test_gradient_is_bit_identical_across_threads(isa):
     make = Make(torch.bfloat16)
-    args, kwargs = next(c for c in CASES if str(c) == "plan_apply-mean").make(make)
+    args, _ = next(c for c in CASES if str(c) == "plan_apply-mean").make(make)
     threads, grads = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):

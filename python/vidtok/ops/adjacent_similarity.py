@@ -87,7 +87,9 @@ def adjacent_similarity(
         if window is None:
             _check.fail("window as frames per segment with to='window'", "None")
         window_tensor = torch.as_tensor(window, dtype=torch.int64).cpu()
-        num_out = -1 if torch.compiler.is_compiling() else reference.window_slots(_grid.rows(grid), window_tensor.tolist(), n)
+        num_out = (
+            -1 if torch.compiler.is_compiling() else reference.window_slots(_grid.rows(grid), window_tensor.tolist(), n)
+        )
     elif not torch.compiler.is_compiling():
         _grid.check_total(_grid.rows(grid), n)
     if to == "center":

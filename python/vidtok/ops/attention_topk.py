@@ -18,7 +18,7 @@ from vidtok.ops._library import define, dynamic_size
 class Selected(NamedTuple):
     """``index`` int64: chosen positions in their row; ``score`` fp32: every span token, in span order."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     score: Tensor
 
 
@@ -95,41 +95,49 @@ def attention_topk(
             _check.fail(f"query_position of integers [{b}, {w}]", query_position)
         query_position = query_position.to(torch.int64).contiguous()
     budgets = [keep] if isinstance(keep, (int, torch.SymInt)) else list(keep)
-    num_index = num_score = -1
-    if not isinstance(span, Tensor):
-        spans = [[int(v) for v in row] for row in span]
-        if any(len(row) != 3 for row in spans):
-            _check.fail("span as rows (row, start, stop)", str(spans))
-        num_score = sum(hi - lo for _, lo, hi in spans)
-        span_tensor = torch.tensor(spans, dtype=torch.int64).reshape(-1, 3)
-    else:
+    spans, num_score = _spans(span)
+    groups, count = _groups(group, spans.shape[0])
+    num_index = -1
+    if len(budgets) > 1 or len(budgets) == count:
+        num_index = sum(budgets)
+    elif count is not None and budgets:
+        num_index = budgets[0] * count
+    scale = d**-0.5 if scale is None else float(scale)
+    query, key, use_max = _check.decided_from(query), _keys(key), reduce == "max"
+    return Selected(
+        *_op(query, key, budgets, spans, groups, scale, mask, query_position, use_max, num_index, num_score)
+    )
+
+
+def _spans(span: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+    """``[S, 3]`` on the CPU, and the tokens they hold; −1 where traced code cannot know."""
+    if isinstance(span, Tensor):
         if span.dim() != 2 or span.shape[1] != 3 or span.is_floating_point():
             _check.fail("span of integers [S, 3]", span)
-        span_tensor = span.to(device="cpu", dtype=torch.int64).contiguous()
-        if not torch.compiler.is_compiling():
-            num_score = int((span_tensor[:, 2] - span_tensor[:, 1]).sum())
-    segments = span_tensor.shape[0]
-    groups: int | None = segments
-    group_tensor = None
-    if group is not None:
-        groups = None if isinstance(group, Tensor) and torch.compiler.is_compiling() else -1
-        group_tensor = torch.as_tensor(group, dtype=torch.int64).cpu().contiguous()
-        if tuple(group_tensor.shape) != (segments,):
-            _check.fail(f"group of integers [{segments}]", str(list(group_tensor.shape)))
-        if groups == -1:
-            groups = len(set(group if not isinstance(group, Tensor) else group_tensor.tolist()))
-    if len(budgets) > 1 or (groups is not None and len(budgets) == groups):
-        num_index = sum(budgets)
-    elif groups is not None and len(budgets) == 1:
-        num_index = budgets[0] * groups
-    return Selected(
-        *_op(
-            _check.decided_from(query), _keys(key.detach() if key.requires_grad else key), budgets, span_tensor, group_tensor,
-            d**-0.5 if scale is None else float(scale), mask, query_position, reduce == "max", num_index, num_score,
-        )
-    )  # fmt: skip
+        spans = span.to(device="cpu", dtype=torch.int64).contiguous()
+        return spans, -1 if torch.compiler.is_compiling() else sum(hi - lo for _, lo, hi in spans.tolist())
+    total = 0
+    for row in span:
+        if len(row) != 3:
+            _check.fail("span as rows (row, start, stop)", str(span))
+        total += row[2] - row[1]
+    return torch.tensor(span, dtype=torch.int64).reshape(-1, 3), total
+
+
+def _groups(group: Tensor | Sequence[int] | None, spans: int) -> tuple[Tensor | None, int | None]:
+    """int64 ``[S]`` on the CPU, and how many groups there are; None where traced code cannot know."""
+    if group is None:
+        return None, spans
+    numbers = torch.as_tensor(group, dtype=torch.int64).cpu().contiguous()
+    if tuple(numbers.shape) != (spans,):
+        _check.fail(f"group of integers [{spans}]", str(list(numbers.shape)))
+    if isinstance(group, Tensor):
+        return numbers, None if torch.compiler.is_compiling() else len(set(numbers.tolist()))
+    return numbers, len(set(group))
 
 
 def _keys(key: Tensor) -> Tensor:
     """Keys with a contiguous last dimension; the heads and tokens may be strided, as in a cache."""
+    if key.requires_grad:
+        key = key.detach()
     return key if key.stride(-1) == 1 else key.contiguous()

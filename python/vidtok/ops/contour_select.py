@@ -17,7 +17,7 @@ from vidtok.ops._library import define
 class Contour(NamedTuple):
     """``index`` int64 ascending packed frame indices; ``distance`` fp32 ``[T]`` of every frame."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     distance: Tensor
 
 

@@ -88,7 +88,7 @@ def _place(plan: Plan, shape: torch.Size, dim: int) -> tuple[int, int]:
     if length is not None and dim > 0 and size == length and shape[dim - 1] == plan.num_sequences:
         if plan.length_out is None:
             raise ValueError(
-                f"expected equal output counts in every sequence for a tensor of shape {list(shape)}, got differing ones"
+                f"expected equal output counts in every sequence for a tensor of {list(shape)}, got differing ones"
             )
         return dim, 1
     if size != plan.num_in:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from vidtok.kernels.native import DTYPE_CODE, check, extension, num_threads, pointer
-from vidtok.kernels.reference.adjacent_similarity import window_slots
-from vidtok.kernels.reference.adjacent_similarity import MODES
+from vidtok.kernels.reference.adjacent_similarity import MODES, window_slots
 
 _WINDOW = MODES.index("window")
 

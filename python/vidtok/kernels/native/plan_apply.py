@@ -9,9 +9,7 @@ from torch import Tensor
 from vidtok.kernels.native import DTYPE_CODE, check, extension, num_threads, pointer
 
 
-def plan_apply(
-    x: Tensor, anchor: Tensor, member: Tensor | None, offset: Tensor | None, weight: Tensor | None
-) -> Any:
+def plan_apply(x: Tensor, anchor: Tensor, member: Tensor | None, offset: Tensor | None, weight: Tensor | None) -> Any:
     """See :func:`vidtok.kernels.reference.plan_apply.plan_apply`."""
     dtype = DTYPE_CODE.get(x.dtype)
     if dtype is None:

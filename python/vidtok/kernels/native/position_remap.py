@@ -30,7 +30,8 @@ def position_remap(
 ) -> Any:
     """See :func:`vidtok.kernels.reference.position_remap.position_remap`."""
     m = anchor.shape[0]
-    out, flat = [], []
+    out: list[Tensor] = []
+    flat: list[int] = []
     n = 0
     for t, dim, batch, value in zip(tensors, dims, dense, fill):
         size = t.itemsize

@@ -82,5 +82,7 @@ def adjacent_similarity(
                 parts.append(round_cosine(pairs / (n * (n - 1)), x.dtype))
             f += n
     if segment != len(windows) or start != x.shape[0]:
-        raise IndexError(f"expected windows and grids that cover {x.shape[0]} tokens, got {windows} over {grid.tolist()}")
+        raise IndexError(
+            f"expected windows and grids that cover {x.shape[0]} tokens, got {windows} over {grid.tolist()}"
+        )
     return torch.cat(parts) if parts else x32.new_empty(0)

@@ -34,9 +34,7 @@ def _protected_mask(tokens: int, protected: int, mask: Tensor | None, device: to
 
 def _possible(kept: Tensor, r: int) -> int:
     odd = torch.arange(kept.shape[0], device=kept.device) % 2 == 1
-    return merge_count(
-        r, kept.shape[0], int(kept.sum()), int((~kept & ~odd).sum()), int((~kept & odd).sum())
-    )
+    return merge_count(r, kept.shape[0], int(kept.sum()), int((~kept & ~odd).sum()), int((~kept & odd).sum()))
 
 
 def match_one(metric: Tensor, kept: Tensor, r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

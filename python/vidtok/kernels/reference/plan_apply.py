@@ -18,7 +18,9 @@ def check_csr(member: Tensor, offset: Tensor, num_out: int, num_in: int) -> None
     _check_range(member, num_in, "member", 0)
     bad = offset.shape[0] != num_out + 1 or int(offset[0]) != 0 or int(offset[-1]) != member.shape[0]
     if bad or bool((offset.diff() < 0).any()):
-        raise IndexError(f"expected offset [{num_out + 1}] rising from 0 to {member.shape[0]}, got {offset.tolist()[:8]}")
+        raise IndexError(
+            f"expected offset [{num_out + 1}] rising from 0 to {member.shape[0]}, got {offset.tolist()[:8]}"
+        )
 
 
 def plan_apply(
