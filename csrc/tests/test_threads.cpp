@@ -2,6 +2,7 @@
 // one thread gives. Built with ThreadSanitizer by `make check-tsan`.
 #include "check.h"
 #include "vidtok/adjacent_similarity.h"
+#include "vidtok/attention_topk.h"
 #include "vidtok/bipartite.h"
 #include "vidtok/cluster_dpc_knn.h"
 #include "vidtok/plan_apply.h"
@@ -174,6 +175,29 @@ void bipartite(bool packed) {
   });
 }
 
+void attention_topk(bool use_max) {
+  const int64_t batch = 2, q_heads = 4, kv_heads = 2, width = 3, length = 1200, dim = 32;
+  const auto query = normal(batch * q_heads * width * dim, 9), key = normal(batch * kv_heads * length * dim, 10);
+  std::vector<uint8_t> mask(batch * length, 1);
+  for (int64_t i = 0; i < 40; ++i) mask[i] = 0;
+  const std::vector<int64_t> position = {1199, 1100, -1, 1199, 1198, 1197};
+  const std::vector<int64_t> span = {0, 50, 600, 0, 700, 900, 1, 10, 1000}, group = {5, 5, 2}, keep = {300, 99};
+  check(use_max ? "attention_topk, max" : "attention_topk, mean", [&](int threads) {
+    std::vector<int64_t> index(300 + 99);
+    std::vector<float> score(550 + 200 + 990);
+    vidtok::AttentionTopkArgs a{};
+    a.query = query.data(), a.key = key.data(), a.dtype = DType::f32;
+    a.batch = batch, a.q_heads = q_heads, a.kv_heads = kv_heads, a.width = width, a.length = length, a.dim = dim;
+    a.key_batch = kv_heads * length * dim, a.key_head = length * dim, a.key_row = dim, a.scale = 0.2f;
+    a.mask = mask.data(), a.position = position.data(), a.use_max = use_max;
+    a.span = span.data(), a.spans = 3, a.group = group.data(), a.keep = keep.data(), a.keeps = 2;
+    a.index = index.data(), a.num_index = 399, a.score = score.data(), a.num_score = 1740;
+    a.threads = threads;
+    ok(vidtok::attention_topk(a), "attention_topk");
+    return bytes(index, score);
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -186,6 +210,8 @@ int main() {
   cluster_dpc_knn(0, "cluster_dpc_knn, distances computed again");
   bipartite(false);
   bipartite(true);
+  attention_topk(false);
+  attention_topk(true);
   std::printf("%d failed\n", failures);
   return failures != 0;
 }
