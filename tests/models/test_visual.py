@@ -54,15 +54,39 @@ def test_cached_equals_uncached_equals_alone(models, kind, attention, method):
     assert torch.equal(plain, again)
 
 
+SPECS = (
+    "uniform:ratio=0.3", "random:k=5,seed=1", "dtd:threshold=0.5", "evs:ratio=0.4", "prunevid:tau=0.8", "tome:r=2",
+    "pool:level=2", "pool:level=2+uniform:ratio=0.5", "uniform:ratio=0.5,images=true",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_every_method(models, kind, spec):
+    model, inputs = models(kind), tiny.batch(kind, tiny.MIXED)
+    with vidtok.attach(model, visual=spec) as handle:
+        cached, _ = tiny.generate(model, inputs, steps=3)
+        report = handle.report()
+        uncached, _ = tiny.generate(model, inputs, steps=3, use_cache=False)
+        alone, _ = tiny.generate(model, tiny.row(inputs, tiny.MIXED, 1), steps=3)
+    torch.testing.assert_close(cached, uncached, **CLOSE)
+    torch.testing.assert_close(cached[1:], alone, **CLOSE)
+    assert sum(report.tokens_out) < sum(report.tokens_in)
+    for sample in report.samples:
+        sample.plan.validate()
+        assert 1 <= sample.tokens_out <= sample.tokens_in
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_identity_is_bit_equal(models, kind):
     model, inputs = models(kind), tiny.batch(kind, tiny.ROWS)
     plain, _ = tiny.generate(model, inputs)
     forward = model(**inputs).logits
-    with vidtok.attach(model, visual=tiny.keep_all):
-        kept, _ = tiny.generate(model, inputs)
-        assert torch.equal(plain, kept)
-        assert torch.equal(forward, model(**inputs).logits)
+    for method in (tiny.keep_all, "uniform:ratio=1"):
+        with vidtok.attach(model, visual=method):
+            kept, _ = tiny.generate(model, inputs)
+            assert torch.equal(plain, kept)
+            assert torch.equal(forward, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

@@ -320,7 +320,9 @@ def _is_text(position: Tensor, visual: Visual | None) -> bool:
     """Whether visual tokens got 1-D positions: height and width ids of a real grid differ somewhere."""
     if visual is None or all(h * w < 2 for _, h, w in (unit.grid_thw for unit in visual.units)):
         return False
-    height, width = position[-2:].flatten(1)[:, visual.columns.to(position.device)]
+    at = visual.columns.to(position.device)
+    at = at % position.shape[-1] if position.shape[1] == 1 else at
+    height, width = position[-2:].flatten(1)[:, at]
     return torch.equal(height, width)
 
 
