@@ -19,6 +19,11 @@ from bench.row import Row
 
 COLD_SECONDS, HOT_SECONDS = 2.5, 0.5
 MOST_SETS = 4096
+# Limit samples also push code out of the cache. Data is meant to be cold, code is not: before a sample this short,
+# the same call runs once on the set before it.
+SHORT_SECONDS = 2e-3
+# faiss brings a thread pool of its own, which spins for a while after each call.
+SETTLE_SECONDS = 0.02
 
 
 @dataclass
@@ -56,6 +61,8 @@ class _Side:
         at %= len(sets)
         self.results[at] = None
         seconds, self.results[at] = _timed(self.provider.run, sets[at])
+        if self.provider.role == "faiss":
+            time.sleep(SETTLE_SECONDS)
         return seconds
 
 
@@ -91,6 +98,9 @@ def _loop(
             if i >= budget.least and spent[role] + rough[role] > share:
                 continue
             left += 1
+            if rough[role] < SHORT_SECONDS and limits is not None:
+                side.sample(sets, at)
+                at += 1
             sample = side.sample(sets, at)
             at += 1
             out[role].append((i, sample))
