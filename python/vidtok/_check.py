@@ -12,7 +12,15 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT_DTYPES_OR_ORACLE = frozenset((*FLOAT_DTYPES, torch.float64))
 
 # Reading the commonest shapes anew would cost a microsecond per call.
-_RANKS = {"[N]": (1,), "[N, C]": (2,), "[N] or [B, N]": (1, 2), "[B, T, C]": (3,), "[B, Hq, W, D]": (4,)}
+_RANKS = {
+    "[N, C]": (2,),
+    "[T, C]": (2,),
+    "[N] or [B, N]": (1, 2),
+    "[B, T, C]": (3,),
+    "[B, T, C] or [B, H, T, D]": (3, 4),
+    "[B, Hq, W, D]": (4,),
+    "[B, Hkv, L, D]": (4,),
+}
 
 
 def describe(value: object) -> str:

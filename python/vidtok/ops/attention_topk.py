@@ -121,7 +121,7 @@ def _spans(span: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, int]:
         if len(row) != 3:
             _check.fail("span as rows (row, start, stop)", str(span))
         total += row[2] - row[1]
-    return torch.tensor(span, dtype=torch.int64).reshape(-1, 3), total
+    return torch.tensor(span, dtype=torch.int64) if len(span) else torch.empty(0, 3, dtype=torch.int64), total
 
 
 def _groups(group: Tensor | Sequence[int] | None, spans: int) -> tuple[Tensor | None, int | None]:

@@ -217,7 +217,7 @@ def bipartite_merge(
     op = _merge_grad if needs_grad(x) else _merge
     merged, total, *lists = op(_rows(x), checked, r, size, prefix, mask, cu_seqlens)
     plan = _plan(tuple(lists), lead)
-    if len(lead) == 1:
-        return Merged(merged, total, plan)
-    return Merged(merged.view(lead[0], -1, x.shape[-1]) if lead[0] else merged.view(0, lead[1], x.shape[-1]),
-                  total.view(lead[0], -1) if lead[0] else total.view(0, lead[1]), plan)  # fmt: skip
+    if len(lead) == 2:
+        batch, length = lead[0], plan.length_out if lead[0] else lead[1]
+        merged, total = merged.view(batch, length, x.shape[-1]), total.view(batch, length)
+    return Merged(merged, total, plan)

@@ -112,7 +112,7 @@ def pool_packed(
         _grid.check_total(rows, x.shape[0])
         out = [[t, *_target(h, w, level, out_hw)] for t, h, w in rows]
         num_out = sum(t * h * w for t, h, w in out)
-        grid_out = torch.tensor(out, dtype=torch.int64).reshape(-1, 3)
+        grid_out = torch.tensor(out) if out else torch.empty(0, 3, dtype=torch.int64)
     op = _op_grad if needs_grad(x) else _op
     return Pooled(op(_check.contiguous(x), grid, grid_out, num_out), grid_out)
 
