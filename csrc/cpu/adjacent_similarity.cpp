@@ -84,7 +84,7 @@ Status similar_in_time(const AdjacentSimilarityArgs& a) {
   parallel(threads, [&](int, int) {
     std::unique_ptr<float[]> work;
     if (a.to == SimilarTo::window) {
-      work.reset(new (std::nothrow) float[size_t(a.c) + 1]);
+      work.reset(new (std::nothrow) float[size_t(kSlotBlock * a.c) + 1]);
       if (!work) {
         starved = true;
         return;

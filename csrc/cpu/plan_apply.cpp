@@ -17,7 +17,8 @@ Status check_range(const int32_t* index, int64_t count, int64_t n, int32_t lowes
     high = index[i] > high ? index[i] : high;
   }
   if (low >= lowest && high < n) return Status::ok;
-  return fail(Status::index, "expected %s in [%d, %lld), got %d", name, lowest, (long long)n, low < lowest ? low : high);
+  return fail(Status::index, "expected %s in [%d, %lld), got %d", name, lowest, (long long)n,
+              low < lowest ? low : high);
 }
 
 Status check(const PlanApplyArgs& a) {
@@ -41,14 +42,17 @@ void run(const PlanApplyArgs& args) {
   const auto kernel = kernels().plan_apply.rows;
   const int threads = threads_for(args.threads, rows * row);
   if (args.member == nullptr)
-    return parallel_chunks(threads, args.m, 2 * row, [&](int64_t begin, int64_t end) { kernel(args, begin, end, streaming); });
+    return parallel_chunks(threads, args.m, 2 * row,
+                           [&](int64_t begin, int64_t end) { kernel(args, begin, end, streaming); });
   // Member i and the output it opens lie at i + (outputs before it) on the line that is cut.
   const auto first_output = [&](int64_t at) {
     int64_t low = 0, high = args.m;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      if (args.offset[middle] + middle < at) low = middle + 1;
-      else high = middle;
+      if (args.offset[middle] + middle < at)
+        low = middle + 1;
+      else
+        high = middle;
     }
     return low;
   };

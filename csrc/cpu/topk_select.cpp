@@ -10,9 +10,7 @@
 namespace vidtok {
 
 Status topk_select(const TopkSelectArgs& args) {
-  const auto start = [&](int64_t s) {
-    return args.cu_seqlens ? int64_t(args.cu_seqlens[s]) : s * args.n;
-  };
+  const auto start = [&](int64_t s) { return args.cu_seqlens ? int64_t(args.cu_seqlens[s]) : s * args.n; };
   if (args.keeps != 1 && args.keeps != args.segments)
     return fail(Status::index, "expected one keep or %lld, got %lld", (long long)args.segments, (long long)args.keeps);
   if (start(0) != 0 || start(args.segments) != args.n)

@@ -10,37 +10,50 @@ struct Products {
   float dot, squared;
 };
 
-// a·b and a·a in the same order, so that equal rows give equal products; `next` is fetched meanwhile.
+// a·b and a·a in the same order, so that equal rows give equal products. Sums are closed every 64 vectors:
+// one running sum over thousands of channels would err by more than a step of the cosine's grid.
 template <class T>
-VIDTOK_INLINE Products products(const T* a, const T* b, int64_t c, const T* next) {
-  vec d0 = zero(), d1 = zero(), d2 = zero(), d3 = zero();
-  vec s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
-  constexpr int64_t kStep = 4 * kWidth;
-  int64_t j = 0;
-  for (; j + kStep <= c; j += kStep) {
-    prefetch_span(next + j, kStep * int64_t(sizeof(T)));
-    const vec a0 = load(a + j), a1 = load(a + j + kWidth), a2 = load(a + j + 2 * kWidth), a3 = load(a + j + 3 * kWidth);
-    d0 = fma(a0, load(b + j), d0);
-    d1 = fma(a1, load(b + j + kWidth), d1);
-    d2 = fma(a2, load(b + j + 2 * kWidth), d2);
-    d3 = fma(a3, load(b + j + 3 * kWidth), d3);
-    s0 = fma(a0, a0, s0);
-    s1 = fma(a1, a1, s1);
-    s2 = fma(a2, a2, s2);
-    s3 = fma(a3, a3, s3);
+VIDTOK_INLINE Products products(const T* a, const T* b, int64_t c) {
+  constexpr int64_t kStep = 4 * kWidth, kRun = 16 * kStep;
+  Products total{0.0f, 0.0f};
+  for (int64_t j = 0; j < c;) {
+    vec d0 = zero(), d1 = zero(), d2 = zero(), d3 = zero();
+    vec s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
+    const int64_t stop = c - j < kRun ? c : j + kRun;
+    for (; j + kStep <= stop; j += kStep) {
+      const vec a0 = load(a + j), a1 = load(a + j + kWidth);
+      const vec a2 = load(a + j + 2 * kWidth), a3 = load(a + j + 3 * kWidth);
+      d0 = fma(a0, load(b + j), d0);
+      d1 = fma(a1, load(b + j + kWidth), d1);
+      d2 = fma(a2, load(b + j + 2 * kWidth), d2);
+      d3 = fma(a3, load(b + j + 3 * kWidth), d3);
+      s0 = fma(a0, a0, s0);
+      s1 = fma(a1, a1, s1);
+      s2 = fma(a2, a2, s2);
+      s3 = fma(a3, a3, s3);
+    }
+    for (; j < stop; j += kWidth) {
+      const int n = stop - j < kWidth ? int(stop - j) : kWidth;
+      const vec a0 = load(a + j, n);
+      d0 = fma(a0, load(b + j, n), d0);
+      s0 = fma(a0, a0, s0);
+    }
+    total.dot += sum((d0 + d1) + (d2 + d3));
+    total.squared += sum((s0 + s1) + (s2 + s3));
   }
-  for (; j < c; j += kWidth) {
-    const int n = c - j < kWidth ? int(c - j) : kWidth;
-    const vec a0 = load(a + j, n);
-    d0 = fma(a0, load(b + j, n), d0);
-    s0 = fma(a0, a0, s0);
-  }
-  return {sum((d0 + d1) + (d2 + d3)), sum((s0 + s1) + (s2 + s3))};
+  return total;
 }
 
 template <class T>
-VIDTOK_INLINE float squared_norm(const T* a, int64_t c, const T* next) {
-  return products(a, a, c, next).squared;
+VIDTOK_INLINE float squared_norm(const T* a, int64_t c) {
+  return products(a, a, c).squared;
+}
+
+// Where row `l` of frame `f` lies, counted in rows of the block from there on; null past its end.
+template <class T>
+VIDTOK_INLINE const T* row_of(const T* first, const SlotBlock& block, int64_t f, int64_t l, int64_t stride) {
+  if (l >= block.count) l -= block.count, ++f;
+  return f < block.frames && l < block.count ? first + (f * block.slots + l) * stride : nullptr;
 }
 
 VIDTOK_INLINE float inverse_norm(float squared) {
@@ -55,21 +68,21 @@ VIDTOK_INLINE float round_cosine(float x, DType dtype) {
   return __builtin_nearbyintf(x * steps) / steps;
 }
 
+// Rows whose pages are looked up ahead of their data.
+constexpr int64_t kPagesAhead = 2;
+
 template <class T>
 void similar_previous(const AdjacentSimilarityArgs& a, const SlotBlock& block, float* y) {
-  const int64_t frame = block.slots * a.x_stride;
+  const int64_t frame = block.slots * a.x_stride, bytes = a.c * int64_t(sizeof(T));
+  const T* const x = static_cast<const T*>(block.x);
   float before[kSlotBlock];
-  const T* x = static_cast<const T*>(block.x);
-  for (int64_t l = 0; l < block.count; ++l) {
-    const T* row = x + l * a.x_stride;
-    before[l] = inverse_norm(squared_norm(row, a.c, row));
-  }
+  for (int64_t l = 0; l < block.count; ++l) before[l] = inverse_norm(squared_norm(x + l * a.x_stride, a.c));
   for (int64_t f = 1; f < block.frames; ++f) {
-    x += frame, y += block.slots;
+    y += block.slots;
     for (int64_t l = 0; l < block.count; ++l) {
-      const T* row = x + l * a.x_stride;
-      const T* next = l + 1 < block.count ? row + a.x_stride : f + 1 < block.frames ? x + frame : row;
-      const Products p = products(row, row - frame, a.c, next);
+      const T* row = x + f * frame + l * a.x_stride;
+      if (const T* soon = row_of(x, block, f, l + kPagesAhead, a.x_stride)) prefetch_pages(soon, bytes);
+      const Products p = products(row, row - frame, a.c);
       const float inverse = inverse_norm(p.squared);
       y[l] = round_cosine(p.dot * inverse * before[l], a.dtype);
       before[l] = inverse;
@@ -77,34 +90,43 @@ void similar_previous(const AdjacentSimilarityArgs& a, const SlotBlock& block, f
   }
 }
 
+// total (+)= scale · x; the line at the same place of `next`, unless it is null, is fetched meanwhile.
 template <class T>
-VIDTOK_INLINE void add_scaled(float* total, const T* x, float scale, int64_t c, bool first) {
+VIDTOK_INLINE void add_scaled(float* total, const T* x, float scale, int64_t c, bool first, const T* next) {
+  constexpr int64_t kStep = kLine / int64_t(sizeof(T));
   const vec w = set1(scale);
   int64_t j = 0;
-  if (first) {
-    for (; j + kWidth <= c; j += kWidth) store(total + j, load(x + j) * w);
-    if (j < c) store(total + j, load(x + j, int(c - j)) * w, int(c - j));
-    return;
+  for (; j + kStep <= c; j += kStep) {
+    if (next) prefetch(next + j);
+    for (int64_t i = j; i < j + kStep; i += kWidth) {
+      const vec add = load(x + i) * w;
+      store(total + i, first ? add : load(total + i) + add);
+    }
   }
-  for (; j + kWidth <= c; j += kWidth) store(total + j, load(total + j) + load(x + j) * w);
-  if (j < c) store(total + j, load(total + j, int(c - j)) + load(x + j, int(c - j)) * w, int(c - j));
+  for (; j < c; j += kWidth) {
+    const int n = c - j < kWidth ? int(c - j) : kWidth;
+    const vec add = load(x + j, n) * w;
+    store(total + j, first ? add : load(total + j, n) + add, n);
+  }
 }
 
-// The sum of a slot's unit rows grows in `work`: each row is read from memory for its norm and again,
+// The sums of the slots' unit rows grow in `work`: each row comes from memory for its norm and again,
 // from the nearest cache, for the sum.
 template <class T>
 void similar_window(const AdjacentSimilarityArgs& a, const SlotBlock& block, float* y, float* work) {
-  const int64_t frame = block.slots * a.x_stride;
-  for (int64_t l = 0; l < block.count; ++l) {
-    const T* row = static_cast<const T*>(block.x) + l * a.x_stride;
-    int64_t present = 0;
-    for (int64_t f = 0; f < block.frames; ++f, row += frame) {
-      const T* next = f + 1 < block.frames ? row + frame : row;
-      const float inverse = inverse_norm(squared_norm(row, a.c, next));
-      present += inverse != 0.0f;
-      add_scaled(work, row, inverse, a.c, f == 0);
+  const int64_t frame = block.slots * a.x_stride, bytes = a.c * int64_t(sizeof(T));
+  const T* const x = static_cast<const T*>(block.x);
+  int64_t present[kSlotBlock] = {};
+  for (int64_t f = 0; f < block.frames; ++f)
+    for (int64_t l = 0; l < block.count; ++l) {
+      const T* row = x + f * frame + l * a.x_stride;
+      if (const T* soon = row_of(x, block, f, l + kPagesAhead, a.x_stride)) prefetch_pages(soon, bytes);
+      const float inverse = inverse_norm(squared_norm(row, a.c));
+      present[l] += inverse != 0.0f;
+      add_scaled(work + l * a.c, row, inverse, a.c, f == 0, row_of(x, block, f, l + 1, a.x_stride));
     }
-    const float pairs = squared_norm<float>(work, a.c, work) - float(present);
+  for (int64_t l = 0; l < block.count; ++l) {
+    const float pairs = squared_norm(work + l * a.c, a.c) - float(present[l]);
     y[l] = round_cosine(pairs / (float(block.frames) * float(block.frames - 1)), a.dtype);
   }
 }
@@ -112,10 +134,11 @@ void similar_window(const AdjacentSimilarityArgs& a, const SlotBlock& block, flo
 template <class T>
 void similar_center(const AdjacentSimilarityArgs& a, const void* center, int64_t begin, int64_t end) {
   const T* c = static_cast<const T*>(center);
-  const float c_inverse = inverse_norm(squared_norm(c, a.c, c));
+  const float c_inverse = inverse_norm(squared_norm(c, a.c));
   for (int64_t i = begin; i < end; ++i) {
     const T* row = static_cast<const T*>(a.x) + i * a.x_stride;
-    const Products p = products(row, c, a.c, i + 1 < end ? row + a.x_stride : row);
+    if (i + kPagesAhead < end) prefetch_pages(row + kPagesAhead * a.x_stride, a.c * int64_t(sizeof(T)));
+    const Products p = products(row, c, a.c);
     a.y[i] = round_cosine(p.dot * inverse_norm(p.squared) * c_inverse, a.dtype);
   }
 }

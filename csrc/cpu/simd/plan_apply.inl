@@ -18,7 +18,8 @@ void plan_apply_rows(const PlanApplyArgs& a, int64_t begin, int64_t end, bool st
     if (a.member == nullptr) {
       first = a.anchor[m];
       count = first < 0 ? 0 : 1;
-      const int64_t after = m + 1 < end ? a.anchor[m + 1] : -1;
+      const int64_t after = m + 1 < end ? a.anchor[m + 1] : -1, later = m + 2 < end ? a.anchor[m + 2] : -1;
+      if (later >= 0) prefetch_pages(row(later), bytes);
       if (count == 1) {
         copy_bytes(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(row(first)), bytes, streaming,
                    after < 0 ? nullptr : reinterpret_cast<const char*>(row(after)));
@@ -29,10 +30,8 @@ void plan_apply_rows(const PlanApplyArgs& a, int64_t begin, int64_t end, bool st
     }
     first = a.offset[m];
     count = a.offset[m + 1] - first;
-    if (m + 1 < end) {
-      const int64_t soon = bytes < kAhead ? bytes : kAhead;
-      for (int64_t i = first + count; i < a.offset[m + 2]; ++i) prefetch_span(row(a.member[i]), soon);
-    }
+    if (m + 1 < end)
+      for (int64_t i = first + count; i < a.offset[m + 2]; ++i) prefetch_start(row(a.member[i]), bytes);
     if (count == 0) {
       std::memset(out, 0, size_t(bytes));
     } else if (count == 1 && (!a.weigh_single || a.weight[first] == 1.0f)) {

@@ -17,13 +17,14 @@ template <class T>
 void pool_row(const PoolPackedArgs& a, const PoolGrid& g, int64_t f, int64_t i, bool streaming) {
   const T* x = static_cast<const T*>(a.x) + (g.in + f * g.h * g.w) * a.x_stride;
   T* y = static_cast<T*>(a.y) + (g.out + (f * g.oh + i) * g.ow) * a.c;
+  const int64_t bytes = a.c * int64_t(sizeof(T));
   const bool same = g.oh == g.h && g.ow == g.w;
   const Window rows = window_of(i, g.h, g.oh);
   for (int64_t j = 0; j < g.ow; ++j, y += a.c) {
     if (same) {
       const T* from = x + (i * g.w + j) * a.x_stride;
-      copy_bytes(reinterpret_cast<char*>(y), reinterpret_cast<const char*>(from), a.c * int64_t(sizeof(T)), streaming,
-                 nullptr);
+      copy_bytes(reinterpret_cast<char*>(y), reinterpret_cast<const char*>(from), bytes, streaming,
+                 j + 1 < g.ow ? reinterpret_cast<const char*>(from + a.x_stride) : nullptr);
       continue;
     }
     const Window columns = window_of(j, g.w, g.ow);

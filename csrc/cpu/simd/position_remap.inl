@@ -33,11 +33,13 @@ void remap_entries(const RemapTensor& t, const int32_t* anchor, int64_t n, int64
   const char* x = static_cast<const char*>(t.x) + outer * n * t.inner;
   char* y = static_cast<char*>(t.y) + outer * m * t.inner;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t after = i + 1 < end ? anchor[i + 1] : -1;
+    const int64_t after = i + 1 < end ? anchor[i + 1] : -1, later = i + 2 < end ? anchor[i + 2] : -1;
+    if (later >= 0) prefetch_pages(x + later * t.inner, t.inner);
     if (anchor[i] < 0)
       fill_bytes(y + i * t.inner, t);
     else
-      copy_bytes(y + i * t.inner, x + anchor[i] * t.inner, t.inner, streaming, after < 0 ? nullptr : x + after * t.inner);
+      copy_bytes(y + i * t.inner, x + anchor[i] * t.inner, t.inner, streaming,
+                 after < 0 ? nullptr : x + after * t.inner);
   }
   if (streaming) stream_fence();
 }

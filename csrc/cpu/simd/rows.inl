@@ -14,6 +14,19 @@ VIDTOK_INLINE void prefetch_span(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kLine) prefetch(at + i);
 }
 
+// Into the nearest cache only, for data that is read once.
+VIDTOK_INLINE void prefetch_once(const void* p, int64_t bytes) {
+  const char* at = static_cast<const char*>(p);
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(at + i, 0, 0);
+}
+
+// Starts the address translation of a row that is read soon: on 4 KiB pages it costs as much as the data.
+VIDTOK_INLINE void prefetch_pages(const void* p, int64_t bytes) {
+  const char* at = static_cast<const char*>(p);
+  for (int64_t i = 0; i < bytes; i += 4096) __builtin_prefetch(at + i, 0, 0);
+  if (bytes > 0) __builtin_prefetch(at + bytes - 1, 0, 0);
+}
+
 // Past the cache; p aligned to one vector of T.
 VIDTOK_INLINE void stream_row(float* p, vec a) { stream(p, a); }
 template <class T>
@@ -31,20 +44,22 @@ VIDTOK_INLINE void stream_row(T* p, vec a) {
 #endif
 }
 
-// Copies `bytes`; the line at the same place of `next` is fetched meanwhile, unless it is null.
+// Copies a row of `left` bytes; the row `next`, unless it is null, is fetched meanwhile.
 VIDTOK_INLINE void copy_bytes(char* to, const char* from, int64_t left, bool streaming, const char* next) {
 #if VIDTOK_WIDTH > 1
   constexpr int64_t kBytes = kWidth * 4;
+  constexpr int64_t kLongest = 16 * 1024;  // half of the smallest L1 holds what is fetched and not yet read
   if (streaming && left >= 8 * kBytes) {
+    const int64_t lead = left < kLongest ? left : kLongest;
+    int64_t ahead = lead - left;  // of `next`; negative: still in this row
     const int64_t head = (kBytes - (reinterpret_cast<uintptr_t>(to) & (kBytes - 1))) & (kBytes - 1);
     std::memcpy(to, from, size_t(head));
-    to += head, from += head, left -= head;
-    if (next) next += head;
-    for (; left >= 4 * kBytes; to += 4 * kBytes, from += 4 * kBytes, left -= 4 * kBytes) {
-      if (next) {
-        prefetch_span(next, 4 * kBytes);
-        next += 4 * kBytes;
-      }
+    to += head, from += head, left -= head, ahead += head;
+    for (; left >= 4 * kBytes; to += 4 * kBytes, from += 4 * kBytes, left -= 4 * kBytes, ahead += 4 * kBytes) {
+      if (ahead < 0)
+        prefetch_once(from + lead, 4 * kBytes);
+      else if (next)
+        prefetch_once(next + ahead, 4 * kBytes);
       const vec a = load(reinterpret_cast<const float*>(from));
       const vec b = load(reinterpret_cast<const float*>(from + kBytes));
       const vec d = load(reinterpret_cast<const float*>(from + 2 * kBytes));
@@ -54,6 +69,8 @@ VIDTOK_INLINE void copy_bytes(char* to, const char* from, int64_t left, bool str
       stream(reinterpret_cast<float*>(to + 2 * kBytes), d);
       stream(reinterpret_cast<float*>(to + 3 * kBytes), e);
     }
+  } else if (next) {
+    prefetch_once(next, left < kLongest ? left : kLongest);
   }
 #else
   (void)streaming;
@@ -66,6 +83,12 @@ VIDTOK_INLINE void copy_bytes(char* to, const char* from, int64_t left, bool str
 // c channels. Four vectors of the output stay in registers while the rows pass by, and each row is
 // fetched kAhead bytes early, because many rows at once are more streams than the hardware follows.
 constexpr int64_t kAhead = 1024;
+
+// What sum_rows does not fetch by itself: the beginning of a row of the next sum.
+VIDTOK_INLINE void prefetch_start(const void* row, int64_t bytes) {
+  prefetch_once(row, bytes < kAhead ? bytes : kAhead);
+  if (bytes > kAhead) prefetch_pages(row, bytes);
+}
 
 template <class T, class Each>
 VIDTOK_INLINE void sum_rows(T* y, int64_t c, Each each, float divisor, bool streaming) {

@@ -7,10 +7,10 @@ namespace vidtok {
 // A tensor [outer, n, inner] of any element type, moved as bytes.
 struct RemapTensor {
   const void* x;
-  void* y;                // [outer, m, inner]
-  int64_t outer, inner;   // inner in bytes
-  int64_t element;        // bytes of one element: 1, 2, 4 or 8
-  uint64_t fill;          // its bits where anchor is −1
+  void* y;               // [outer, m, inner]
+  int64_t outer, inner;  // inner in bytes
+  int64_t element;       // bytes of one element: 1, 2, 4 or 8
+  uint64_t fill;         // its bits where anchor is −1
 };
 
 // y[o, i] = x[o, anchor[i]], `fill` where anchor is −1.
