@@ -55,6 +55,10 @@ class Target:
         return f"≥ {self.bound:g}× {self.against}"
 
 
+# "Level with": within what the pairs scatter by.
+LEVEL = Target("careful", 0.95)
+
+
 @dataclass(frozen=True)
 class Case:
     """One operator at one shape.

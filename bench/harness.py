@@ -22,6 +22,7 @@ MOST_SETS = 4096
 # Limit samples also push code out of the cache. Data is meant to be cold, code is not: before a sample this short,
 # the same call runs once on the set before it.
 SHORT_SECONDS = 2e-3
+UNITS = {"limit": " × limit", "us": " µs"}
 # faiss brings a thread pool of its own, which spins for a while after each call.
 SETTLE_SECONDS = 0.02
 
@@ -132,7 +133,7 @@ def _reached(case: Case, over_limit: float | None, p50: float, speedups: dict[st
         if value is None:
             missed.append(f"{target.against} not measured")
         elif (value > target.bound) if target.upper else (value < target.bound):
-            missed.append(f"{value:.2f}{'× ' + target.against if not target.upper else ''} against {target}")
+            missed.append(f"{value:.2f}{UNITS.get(target.against, '× ' + target.against)}")
     return "yes" if case.targets and not missed else ("no: " + "; ".join(missed) if missed else "")
 
 

@@ -33,6 +33,7 @@ def _dots(path: Path, title: str, label: str, points: dict[str, list[tuple[str, 
     axes.axvline(line, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_yticks(range(len(points)), list(points), fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.grid(axis="x", which="both", linewidth=0.3)
     axes.set_xlabel(label)
@@ -42,7 +43,7 @@ def _dots(path: Path, title: str, label: str, points: dict[str, list[tuple[str, 
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=COLOURS.get(r, OTHER), label=r) for r in known]
     axes.legend(handles=handles, fontsize=8, loc="lower right")
     figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.baselines import cluster_dpc_knn as baseline
-from bench.case import Case, Inputs, Provider, Target, compiled, filled, tokens
+from bench.case import LEVEL, Case, Inputs, Provider, Target, compiled, filled, tokens
 from vidtok import ops
 from vidtok.plan import Plan
 
@@ -24,9 +24,9 @@ def gather_plan(n: int, keep: int) -> Plan:
 
 def gather_targets(n: int) -> tuple[Target, ...]:
     """The faster of two index_select forms, and at 32k tokens the one on dim 1."""
-    targets = [Target("limit", 1.2), Target("index_select dim 0", 1.2), Target("index_select dim 1", 1.2)]
+    targets = [Target("limit", 1.2), Target("dim 0", 1.2), Target("dim 1", 1.2)]
     if n == 32768:
-        targets[2] = Target("index_select dim 1", 1.8)
+        targets[2] = Target("dim 1", 1.8)
     return tuple(targets)
 
 
@@ -44,12 +44,12 @@ def gather_cases(tiny: bool = False) -> list[Case]:
                 Provider("vidtok", "plan_apply", lambda i, plan=plan: ops.plan_apply(plan, i["x"])),
                 (
                     Provider(
-                        "index_select dim 0",
+                        "dim 0",
                         "index_select dim 0, out=",
                         lambda i, index=index: torch.index_select(i["x"], 0, index, out=i["out"]),
                     ),
                     Provider(
-                        "index_select dim 1",
+                        "dim 1",
                         "index_select dim 1, out=",
                         lambda i, index=index: torch.index_select(i["x"][None], 1, index, out=i["out"][None])[0],
                     ),
@@ -118,7 +118,7 @@ def mean_cases(tiny: bool = False) -> list[Case]:
                     ),
                 ),
                 ((4.0 * (n + clusters) * c, 0.0),),
-                (Target("limit", 1.3), Target("eager", 10), Target("careful", 1.0)),
+                (Target("limit", 1.3), Target("eager", 10), LEVEL),
                 Provider(
                     "compile",
                     "torch.compile of eager",

@@ -69,12 +69,8 @@ def cases(tiny: bool = False) -> list[Case]:
                     _tuple,
                 ),
                 (
-                    Provider(
-                        "index_select dim 0", "index_select dim 0, out=", lambda i, index=index: _dim0(i, index), _tuple
-                    ),
-                    Provider(
-                        "index_select dim 1", "index_select dim 1, out=", lambda i, index=index: _dim1(i, index), _tuple
-                    ),
+                    Provider("dim 0", "index_select dim 0, out=", lambda i, index=index: _dim0(i, index), _tuple),
+                    Provider("dim 1", "index_select dim 1, out=", lambda i, index=index: _dim1(i, index), _tuple),
                     Provider("eager", "x[mask]", lambda i, boolean=boolean: _masked(i, boolean), _tuple),
                 ),
                 ((2.0 * keep * (4 * c + 5 * 8) + 4 * keep, 0.0),),

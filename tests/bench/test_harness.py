@@ -63,7 +63,12 @@ def test_targets_are_judged(case: Case, limits: Limits) -> None:
     assert run(easy, limits)[0].reached == "yes"
     hard = replace(case, targets=(Target("limit", 1e-9), Target("eager", 1e9), Target("compile", 2)))
     reached = run(hard, limits)[0].reached
-    assert reached.startswith("no: ") and "compile not measured" in reached and "against ≥ 1e+09× eager" in reached
+    assert (
+        reached.startswith("no: ")
+        and "compile not measured" in reached
+        and "× eager" in reached
+        and "× limit" in reached
+    )
 
 
 def test_rotation_exceeds_the_cache() -> None:
