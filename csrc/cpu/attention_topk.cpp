@@ -80,10 +80,10 @@ class Importance {
       : a_(args),
         kernels_(kernels().attention_topk),
         shared_(args.kv_heads > 0 ? args.q_heads / args.kv_heads : 0),
-        stride_(padded(args.length)),
         splits_((args.length + kSplitKeys - 1) / kSplitKeys),
+        stride_(splits_ * kSplitKeys),
         splits_stride_(padded(splits_)) {
-    const int64_t row = args.q_heads * stride_;
+    const int64_t row = args.q_heads * stride_;  // logits of one row of each head
     width_ = row * args.width <= kLogits ? args.width : kLogits / row > 0 ? kLogits / row : 1;
     rows_at_once_ = width_ < args.width || row * width_ == 0 ? 1 : kLogits / (row * width_);
     if (rows_at_once_ > args.batch) rows_at_once_ = args.batch;
@@ -93,7 +93,7 @@ class Importance {
   bool run() {
     const int64_t rows = rows_at_once_ * a_.q_heads * width_;
     query_.reset(new (std::nothrow) float[size_t(rows * padded(a_.dim)) + 1]);
-    logits_.reset(new (std::nothrow) float[size_t(rows * stride_) + 1]);
+    logits_.reset(new (std::nothrow) float[size_t(rows * splits_ * kSplitKeys) + 1]);
     partial_.reset(new (std::nothrow) float[size_t(2 * rows * splits_stride_) + 1]);
     whole_.reset(new (std::nothrow) float[size_t(2 * rows) + 1]);
     table_.reset(new (std::nothrow) float[size_t(a_.batch * stride_) + 1]);
@@ -164,7 +164,7 @@ class Importance {
         s.dtype = a_.dtype, s.key_row = a_.key_row, s.length = a_.length, s.scale = a_.scale;
         s.mask = a_.mask == nullptr ? nullptr : a_.mask + b * a_.length;
         s.position = a_.position == nullptr ? nullptr : a_.position + b * a_.width + w0, s.width = width;
-        s.logits = logits_.get() + pair * rows * stride_, s.stride = stride_;
+        s.logits = logits_.get() + t * rows * kSplitKeys;
         s.maximum = maximum + pair * rows * splits_stride_, s.sum = sum + pair * rows * splits_stride_;
         s.splits_stride = splits_stride_;
         kernels_.logits(s, l, l + kSplitKeys < a_.length ? l + kSplitKeys : a_.length);
@@ -181,11 +181,14 @@ class Importance {
     }
     parallel_ranges(threads_for(a_.threads, all * a_.length * 16), (b1 - b0) * splits_, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        const int64_t b = t / splits_, l = t % splits_ * kSplitKeys, first = b * a_.q_heads * width;
+        const int64_t b = t / splits_, split = t % splits_, l = split * kSplitKeys;
         if (state_[b0 + b].nan) continue;
-        const AttentionShares s{logits_.get() + first * stride_, a_.q_heads * width, stride_, top + first,
-                                inverse + first, table_.get() + (b0 + b) * stride_, a_.use_max};
-        kernels_.shares(s, l, l + kSplitKeys < a_.length ? l + kSplitKeys : a_.length);
+        for (int64_t h = 0; h < heads; ++h) {
+          const int64_t pair = b * heads + h, first = pair * rows;
+          const AttentionShares s{logits_.get() + (pair * splits_ + split) * rows * kSplitKeys, rows, top + first,
+                                  inverse + first, table_.get() + (b0 + b) * stride_ + l, a_.use_max};
+          kernels_.shares(s, l + kSplitKeys < a_.length ? kSplitKeys : a_.length - l);
+        }
       }
     });
   }
@@ -202,7 +205,7 @@ class Importance {
 
   const AttentionTopkArgs& a_;
   const AttentionTopkKernels& kernels_;
-  const int64_t shared_, stride_, splits_, splits_stride_;
+  const int64_t shared_, splits_, stride_, splits_stride_;
   int64_t width_ = 0, rows_at_once_ = 0;
   std::unique_ptr<float[]> query_, logits_, partial_, whole_, table_;
   std::unique_ptr<State[]> state_;

@@ -7,7 +7,7 @@ namespace vidtok {
 
 // Sums over keys are cut here, whatever the number of threads.
 constexpr int64_t kSplitKeys = 256;
-// Rows of logits and partial sums are padded to whole vectors of every instruction set.
+// Rows of partial sums are padded to whole vectors of every instruction set.
 constexpr int64_t kPadding = 16;
 
 inline int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
@@ -23,17 +23,16 @@ struct AttentionLogits {
   const uint8_t* mask;      // [length] or null
   const int64_t* position;  // [width] or null; row r is w = r % width
   int64_t width;
-  float* logits;  // [rows, stride]
-  int64_t stride;
+  float* logits;  // [rows, kSplitKeys], of this split
   float *maximum, *sum;  // [rows, splits_stride]: of each split its largest logit and Σ exp(logit − it)
   int64_t splits_stride;
 };
 
 struct AttentionShares {
-  const float* logits;  // [rows, stride]
-  int64_t rows, stride;
+  const float* logits;  // [rows, kSplitKeys], of one split
+  int64_t rows;
   const float *maximum, *inverse;  // [rows]; inverse 0 marks a row that sees nothing
-  float* table;
+  float* table;  // [kSplitKeys]
   bool use_max;
 };
 
@@ -43,8 +42,8 @@ struct AttentionTopkKernels {
   void (*logits)(const AttentionLogits& a, int64_t begin, int64_t end);
   // Largest logit and 1/Σ exp over all splits of one row, combined in their order.
   void (*combine)(const float* maximum, const float* sum, int64_t splits, float* whole_maximum, float* inverse);
-  // Adds (or takes the maximum of) the rows' shares of keys [begin, end), begin a multiple of kPadding.
-  void (*shares)(const AttentionShares& a, int64_t begin, int64_t end);
+  // Adds (or takes the maximum of) the rows' shares of the first `keys` keys of the split.
+  void (*shares)(const AttentionShares& a, int64_t keys);
   // table = table / divisor, to 16 significant bits.
   void (*finish)(float* table, int64_t begin, int64_t end, float divisor);
 };

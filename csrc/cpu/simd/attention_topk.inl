@@ -66,7 +66,7 @@ VIDTOK_INLINE void reduce_tile(const vec (&acc)[NR][kTileKeys], float scale, flo
 
 template <int NR, class T>
 VIDTOK_INLINE void dot_tile(const float* query, int64_t query_row, const T* const* key, int64_t dim, float scale,
-                            float* logits, int64_t stride, int live) {
+                            float* logits, int live) {
   vec acc[NR][kTileKeys];
   for (int r = 0; r < NR; ++r)
     for (int i = 0; i < kTileKeys; ++i) acc[r][i] = zero();
@@ -90,9 +90,9 @@ VIDTOK_INLINE void dot_tile(const float* query, int64_t query_row, const T* cons
   reduce_tile<NR>(acc, scale, out);
   for (int r = 0; r < NR; ++r) {
     if (live == kTileKeys)
-      std::memcpy(logits + r * stride, out[r], sizeof(out[r]));
+      std::memcpy(logits + r * kSplitKeys, out[r], sizeof(out[r]));
     else
-      for (int i = 0; i < live; ++i) logits[r * stride + i] = out[r][i];
+      for (int i = 0; i < live; ++i) logits[r * kSplitKeys + i] = out[r][i];
   }
 }
 
@@ -111,16 +111,16 @@ void logits_of(const AttentionLogits& a, int64_t begin, int64_t end) {
           prefetch_span(keys + i * a.key_row, bytes);
       for (int64_t r = r0; r < r1; r += kQueryRows) {
         const float* q = a.query + r * query_row;
-        float* out = a.logits + r * a.stride + l;
+        float* out = a.logits + r * kSplitKeys + l - begin;
         const int64_t left = r1 - r;
         if (left == 1)
-          dot_tile<1>(q, query_row, key, a.dim, a.scale, out, a.stride, live);
+          dot_tile<1>(q, query_row, key, a.dim, a.scale, out, live);
         else if (kQueryRows == 2 || left == 2)
-          dot_tile<2>(q, query_row, key, a.dim, a.scale, out, a.stride, live);
+          dot_tile<2>(q, query_row, key, a.dim, a.scale, out, live);
         else if (left == 3)
-          dot_tile<3>(q, query_row, key, a.dim, a.scale, out, a.stride, live);
+          dot_tile<3>(q, query_row, key, a.dim, a.scale, out, live);
         else
-          dot_tile<4>(q, query_row, key, a.dim, a.scale, out, a.stride, live);
+          dot_tile<4>(q, query_row, key, a.dim, a.scale, out, live);
       }
     }
   }
@@ -137,22 +137,23 @@ VIDTOK_INLINE float largest(vec a) {
 // Hides what a row may not see, then its largest logit and the sum of exp beside it.
 void summarise(const AttentionLogits& a, int64_t r, int64_t begin, int64_t end) {
   constexpr float kNone = -__builtin_inff();
-  float* x = a.logits + r * a.stride;
-  int64_t seen = end;
+  float* x = a.logits + r * kSplitKeys;
+  const int64_t keys = end - begin;
+  int64_t seen = keys;
   if (a.position != nullptr) {
-    const int64_t last = a.position[r % a.width];
-    seen = last + 1 < begin ? begin : last + 1 < end ? last + 1 : end;
+    const int64_t sees = a.position[r % a.width] + 1 - begin;
+    seen = sees < 0 ? 0 : sees < keys ? sees : keys;
   }
-  for (int64_t l = seen; l < padded(end); ++l) x[l] = kNone;
+  for (int64_t l = seen; l < padded(keys); ++l) x[l] = kNone;
   if (a.mask != nullptr)
-    for (int64_t l = begin; l < seen; ++l) x[l] = a.mask[l] ? x[l] : kNone;
+    for (int64_t l = 0; l < seen; ++l) x[l] = a.mask[begin + l] ? x[l] : kNone;
   vec m = set1(kNone);
-  for (int64_t l = begin; l < end; l += kWidth) m = max(load(x + l), m);
+  for (int64_t l = 0; l < keys; l += kWidth) m = max(load(x + l), m);
   const float maximum = largest(m);
   // With no finite logit 0 in its place lets NaN through and makes −inf 0.
   const vec from = set1(maximum == kNone ? 0.0f : maximum);
   vec s = zero();
-  for (int64_t l = begin; l < end; l += kWidth) s = s + exp_nonpositive(load(x + l) - from);
+  for (int64_t l = 0; l < keys; l += kWidth) s = s + exp_nonpositive(load(x + l) - from);
   const int64_t at = r * a.splits_stride + begin / kSplitKeys;
   a.maximum[at] = maximum;
   a.sum[at] = sum(s);
@@ -183,19 +184,14 @@ void combine_splits(const float* maximum, const float* sums, int64_t splits, flo
   *inverse = 1.0f / sum(total);
 }
 
-void shares_of(const AttentionShares& a, int64_t begin, int64_t end) {
-  constexpr int kVectors = kSplitKeys / kWidth < 16 ? kSplitKeys / kWidth : 16;
-  for (int64_t l = begin; l < end; l += kVectors * kWidth) {
-    const int64_t left = (padded(end) - l) / kWidth, vectors = left < kVectors ? left : kVectors;
-    float* to = a.table + l;
-    for (int64_t r = 0; r < a.rows; ++r) {
-      if (a.inverse[r] == 0.0f) continue;
-      const float* x = a.logits + r * a.stride + l;
-      const vec from = set1(a.maximum[r]), part = set1(a.inverse[r]);
-      for (int64_t v = 0; v < vectors * kWidth; v += kWidth) {
-        const vec e = exp_nonpositive(load(x + v) - from), before = load(to + v);
-        store(to + v, a.use_max ? max(e * part, before) : fma(e, part, before));
-      }
+void shares_of(const AttentionShares& a, int64_t keys) {
+  for (int64_t r = 0; r < a.rows; ++r) {
+    if (a.inverse[r] == 0.0f) continue;
+    const float* x = a.logits + r * kSplitKeys;
+    const vec from = set1(a.maximum[r]), part = set1(a.inverse[r]);
+    for (int64_t l = 0; l < keys; l += kWidth) {
+      const vec e = exp_nonpositive(load(x + l) - from), before = load(a.table + l);
+      store(a.table + l, a.use_max ? max(e * part, before) : fma(e, part, before));
     }
   }
 }

@@ -35,8 +35,8 @@ def attention_topk(
     if num_index < 0:
         groups = spans if group is None else len(set(group.tolist()))
         num_index = keep[0] * groups if len(keep) == 1 else sum(keep)
-    index = torch.empty(max(0, num_index), dtype=torch.int64)
-    score = torch.empty(max(0, num_score), dtype=torch.float32)
+    index = key.new_empty(max(0, num_index), dtype=torch.int64)
+    score = key.new_empty(max(0, num_score), dtype=torch.float32)
     if mask is not None:
         mask = mask.contiguous()
     status = extension().attention_topk(

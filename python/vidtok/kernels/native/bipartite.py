@@ -39,7 +39,7 @@ def _call(
     m = ext.bipartite_outputs(batch, tokens, r, protected, at_mask, at_cu)
     if m < 0:
         check(-m, name)
-    empty = torch.empty
+    empty = metric.new_empty
     cu_in, cu_out = empty(batch + 1, dtype=_INT), empty(batch + 1, dtype=_INT)
     anchor, member, offset = empty(m, dtype=_INT), empty(n, dtype=_INT), empty(m + 1, dtype=_INT)
     weight = empty(n, dtype=_FLOAT)
