@@ -60,6 +60,12 @@ def test_static_masks_must_be_rebuilt(models, monkeypatch):
         tiny.generate(model, inputs, cache_implementation="static", disable_compile=True)
 
 
+def test_caches_of_other_kinds_are_refused(models):
+    model, inputs = models("qwen2_5_vl"), prompt("qwen2_5_vl", 1)
+    with vidtok.attach(model, visual=tiny.drop), pytest.raises((TypeError, AttributeError)):
+        model(**inputs, past_key_values=((torch.zeros(1, 2, 3, 4),) * 2,) * 3)
+
+
 def test_static_cache_that_is_too_small(models):
     from transformers import StaticCache
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vidtok import _check
+
 if TYPE_CHECKING:
     from vidtok.models.report import Record
 
@@ -73,6 +75,8 @@ class State:
 
 def state_of(cache: Any) -> State | None:
     """The state on a cache, None on a cache that no reduction has touched."""
+    if cache is not None and not hasattr(cache, "layers"):
+        _check.fail("past_key_values as a transformers Cache", type(cache).__name__, TypeError)
     return None if cache is None else cache.__dict__.get(_STATE)
 
 
