@@ -11,6 +11,7 @@
 #include "vidtok/peak.h"
 #include "vidtok/adjacent_similarity.h"
 #include "vidtok/cluster_dpc_knn.h"
+#include "vidtok/contour_select.h"
 #include "vidtok/plan_apply.h"
 #include "vidtok/pool_packed.h"
 #include "vidtok/position_remap.h"
@@ -181,6 +182,18 @@ PYBIND11_MODULE(_C, m) {
                                             ptr<const int64_t>(window), windows, ptr<const void>(center),
                                             ptr<const int32_t>(cu_seqlens), sequences, num_out, threads});
         });
+  m.def("contour_select", [](uintptr_t x, int dtype, int64_t n, int64_t c, int64_t x_stride, uintptr_t cu_seqlens,
+                             int64_t sequences, const std::vector<int64_t>& num, uintptr_t query, int64_t max_rank,
+                             const std::vector<uintptr_t>& bases, int rule, uintptr_t index, uintptr_t distance,
+                             int threads) {
+    std::vector<const double*> basis;
+    for (const uintptr_t b : bases) basis.push_back(ptr<const double>(b));
+    return run(contour_select,
+               ContourSelectArgs{ptr<const void>(x), static_cast<DType>(dtype), n, c, x_stride,
+                                 ptr<const int32_t>(cu_seqlens), sequences, num.data(), int64_t(num.size()),
+                                 ptr<const void>(query), max_rank, basis.data(), static_cast<ContourRule>(rule),
+                                 ptr<int64_t>(index), ptr<float>(distance), threads});
+  });
   m.def("cluster_dpc_knn", [](uintptr_t x, int dtype, int64_t n, int64_t c, int64_t x_stride, uintptr_t cu_seqlens,
                               int64_t segments, uintptr_t num_clusters, int64_t num_counts, int64_t k,
                               uintptr_t assignment, uintptr_t center, int64_t workspace, int threads) {

@@ -6,6 +6,7 @@
 #include "cpu/peak.h"
 #include "cpu/adjacent_similarity.h"
 #include "cpu/cluster_dpc_knn.h"
+#include "cpu/contour_select.h"
 #include "cpu/gram.h"
 #include "cpu/plan_apply.h"
 #include "cpu/pool_packed.h"
@@ -29,6 +30,7 @@ struct Kernels {
   AdjacentSimilarityKernels adjacent_similarity;
   GramKernels gram;
   ClusterKernels cluster;
+  ContourKernels contour;
   PeakKernels peak;
 };
 

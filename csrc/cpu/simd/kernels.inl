@@ -8,6 +8,7 @@
 #include "cpu/simd/adjacent_similarity.inl"
 #include "cpu/simd/gram.inl"
 #include "cpu/simd/cluster_dpc_knn.inl"
+#include "cpu/simd/contour_select.inl"
 #include "cpu/simd/plan_apply.inl"
 #include "cpu/simd/pool_packed.inl"
 #include "cpu/simd/position_remap.inl"
@@ -29,6 +30,7 @@ const Kernels VIDTOK_CONCAT(kernels_, VIDTOK_ISA) = {
     VIDTOK_ISA::adjacent_similarity_kernels,
     VIDTOK_ISA::gram_kernels,
     VIDTOK_ISA::cluster_kernels,
+    VIDTOK_ISA::contour_kernels,
     VIDTOK_ISA::peak_kernels,
 };
 

@@ -12,6 +12,8 @@ from vidtok.kernels.reference._numerics import bounds, inverse_norm, rank, round
 RULES = ("stratified", "contour", "contour+fps")
 TEMPERATURE = 0.1
 SHRINKAGE = 0.1
+# Less variance than this share of the mean square is rounding: frames are equal.
+LEAST_SPREAD = 2.0**-80
 
 
 @lru_cache(maxsize=32)
@@ -40,7 +42,7 @@ def distances(x: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
     covariance = (centred * weights[:, None]).T @ centred
     r = basis.shape[1]
     trace = float(covariance.diagonal().sum())
-    if not trace > 0:
+    if not trace > LEAST_SPREAD * float(weights @ known.square().sum(1)):
         out = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
     else:
         shrunk = (1 - SHRINKAGE) * covariance
