@@ -7,6 +7,7 @@ neighbour hits the operator and its limit alike.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,13 @@ class Limits:
         start = clock.now()
         flops, _ = self._kernels.peak_flops(400_000, self.threads)
         return flops / ((clock.now() - start) * 1e-9)
+
+    def taken_elsewhere(self, seconds: float = 1.0) -> float:
+        """Share of the threads' time that other programs took, over so many seconds of arithmetic on every thread."""
+        wall, own = time.perf_counter(), time.process_time()
+        while time.perf_counter() - wall < seconds:
+            self.flops()
+        return max(0.0, 1 - (time.process_time() - own) / (time.perf_counter() - wall) / self.threads)
 
     def copy(self) -> float:
         """Bytes read and written per second, now."""

@@ -89,7 +89,8 @@ def _head(rows: list[Row]) -> str:
     rates = ", ".join(f"{value:.0f} {unit} ({label})" for unit, (label, value) in best.items())
     first = rows[0]
     return (
-        f"{first.machine}, fp32, {first.isa} kernels; {first.versions}; commit {first.commit}, {first.timestamp[:10]}. "
+        f"{first.machine}, fp32, {first.isa} kernels; {first.versions}; "
+        f"{f'commit {first.commit}, ' if first.commit else ''}{first.timestamp[:10]}. "
         f"Limit: {rates}."
     )
 

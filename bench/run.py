@@ -16,6 +16,9 @@ from bench.limits import Limits
 from bench.row import RESULTS, ROOT, Row, context, cpu_name, write
 from bench.suites import SUITES
 
+# Above this share of the processors' time in other programs, wall times of two threads are no longer ours.
+BUSY = 0.1
+
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of ``python -m bench``."""
@@ -75,6 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
     shared = context(args.threads)
     print(f"{shared['machine']}, {shared['isa']}; {shared['versions']}; commit {shared['commit']}")
     limits = Limits(args.threads)
+    elsewhere = limits.taken_elsewhere()
+    if elsewhere > BUSY:
+        print(f"  other programs take {elsewhere:.0%} of the processors: these times say little (see --clock)")
+        shared["machine"] = f"{shared['machine']}, {elsewhere:.0%} of them taken by other programs"
     rows = limit_rows(limits, shared)
     for row in rows:
         print(f"  {row.label}: {row.p50:.1f} {row.unit}")
