@@ -179,18 +179,23 @@ class Importance {
       else if (!(inverse[r] <= std::numeric_limits<float>::max()))
         state_[b].nan = true;
     }
-    parallel_ranges(threads_for(a_.threads, all * a_.length * 16), (b1 - b0) * splits_, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t b = t / splits_, split = t % splits_, l = split * kSplitKeys;
-        if (state_[b0 + b].nan) continue;
-        for (int64_t h = 0; h < heads; ++h) {
-          const int64_t pair = b * heads + h, first = pair * rows;
-          const AttentionShares s{logits_.get() + (pair * splits_ + split) * rows * kSplitKeys, rows, top + first,
-                                  inverse + first, table_.get() + (b0 + b) * stride_ + l, a_.use_max};
-          kernels_.shares(s, l + kSplitKeys < a_.length ? kSplitKeys : a_.length - l);
-        }
-      }
-    });
+    parallel_ranges(threads_for(a_.threads, all * a_.length * 16), (b1 - b0) * splits_,
+                    [&](int64_t begin, int64_t end) {
+                      for (int64_t t = begin; t < end; ++t) {
+                        const int64_t b = t / splits_, split = t % splits_, l = split * kSplitKeys;
+                        if (state_[b0 + b].nan) continue;
+                        for (int64_t h = 0; h < heads; ++h) {
+                          const int64_t pair = b * heads + h, first = pair * rows;
+                          const AttentionShares s{logits_.get() + (pair * splits_ + split) * rows * kSplitKeys,
+                                                  rows,
+                                                  top + first,
+                                                  inverse + first,
+                                                  table_.get() + (b0 + b) * stride_ + l,
+                                                  a_.use_max};
+                          kernels_.shares(s, l + kSplitKeys < a_.length ? kSplitKeys : a_.length - l);
+                        }
+                      }
+                    });
   }
 
   void close(int64_t b0, int64_t b1) {
@@ -218,8 +223,7 @@ Status attention_topk(const AttentionTopkArgs& args) {
   const Status status = selection(args, chosen);
   if (status != Status::ok) return status;
   Importance importance(args);
-  if (!importance.run())
-    return fail(Status::memory, "expected memory to score %lld keys", (long long)args.length);
+  if (!importance.run()) return fail(Status::memory, "expected memory to score %lld keys", (long long)args.length);
   for (int64_t s = 0; s < args.spans; ++s) {
     const int64_t* span = args.span + 3 * s;
     std::memcpy(args.score + chosen.before[s], importance.row(span[0]) + span[1], size_t(span[2] - span[1]) * 4);

@@ -23,7 +23,7 @@ struct AttentionLogits {
   const uint8_t* mask;      // [length] or null
   const int64_t* position;  // [width] or null; row r is w = r % width
   int64_t width;
-  float* logits;  // [rows, kSplitKeys], of this split
+  float* logits;         // [rows, kSplitKeys], of this split
   float *maximum, *sum;  // [rows, splits_stride]: of each split its largest logit and Σ exp(logit − it)
   int64_t splits_stride;
 };
@@ -32,7 +32,7 @@ struct AttentionShares {
   const float* logits;  // [rows, kSplitKeys], of one split
   int64_t rows;
   const float *maximum, *inverse;  // [rows]; inverse 0 marks a row that sees nothing
-  float* table;  // [kSplitKeys]
+  float* table;                    // [kSplitKeys]
   bool use_max;
 };
 

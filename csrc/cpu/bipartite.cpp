@@ -124,12 +124,13 @@ class Worker {
       ready();
       m_.ahead = nullptr;
       const int64_t count = panels();
-      parallel_ranges(threads_for(a_.threads, s.tokens * s.tokens * a_.cm / 16), count, [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<float[]> own = begin == 0 ? nullptr : panel();
-        float* room = begin == 0 ? panel_.get() : own.get();
-        for (int64_t p = begin; p < end && room != nullptr; ++p) kernels_.match(m_, p, count, room);
-        if (room == nullptr) short_of_memory_ = true;
-      });
+      parallel_ranges(threads_for(a_.threads, s.tokens * s.tokens * a_.cm / 16), count,
+                      [&](int64_t begin, int64_t end) {
+                        const std::unique_ptr<float[]> own = begin == 0 ? nullptr : panel();
+                        float* room = begin == 0 ? panel_.get() : own.get();
+                        for (int64_t p = begin; p < end && room != nullptr; ++p) kernels_.match(m_, p, count, room);
+                        if (room == nullptr) short_of_memory_ = true;
+                      });
     }
     close(s);
     if (a_.x == nullptr) return;
@@ -298,7 +299,8 @@ Status bipartite(const BipartiteArgs& args) {
   int64_t m = 0;
   const Status status = sequences(args, all, &m);
   if (status != Status::ok) return status;
-  if (m != args.m) return fail(Status::index, "expected room for %lld outputs, got %lld", (long long)m, (long long)args.m);
+  if (m != args.m)
+    return fail(Status::index, "expected room for %lld outputs, got %lld", (long long)m, (long long)args.m);
   int64_t longest = 0, n = 0;
   double work = 0;
   for (const Sequence& s : all) {

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-import vidtok
 from hypothesis import given
 from hypothesis import strategies as st
-from vidtok import ops
-from vidtok.kernels import select
 
+import vidtok
 from tests.cases import DTYPES, Make
 from tests.guard import guarded, poisoned_allocation
+from vidtok import ops
+from vidtok.kernels import select
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # One rounding to 16 bits, and the fp32 sums and exponentials before it.

@@ -1,4 +1,4 @@
-"""bipartite_match and bipartite_merge: an oracle in plain Python, order, ties, ragged input, cuts that leave no trace."""
+"""bipartite_match and bipartite_merge: an oracle in plain Python, ties, ragged input, cuts that leave no trace."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from fractions import Fraction
 
 import pytest
 import torch
-import vidtok
 from hypothesis import given
 from hypothesis import strategies as st
-from vidtok import ops
-from vidtok.kernels import select
 
+import vidtok
 from tests.cases import DTYPES, Make, with_rows
 from tests.guard import guarded, poisoned_allocation
+from vidtok import ops
+from vidtok.kernels import select
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

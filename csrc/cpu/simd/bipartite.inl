@@ -107,8 +107,8 @@ VIDTOK_INLINE void tile_part(const float* panel, const float* const* row, int64_
 }
 
 template <int NV>
-VIDTOK_INLINE void tile(const float* panel, const float* const* row, int64_t from, int64_t to, vec (&acc)[kTileRows][NV],
-                        const char* ahead, int64_t lines) {
+VIDTOK_INLINE void tile(const float* panel, const float* const* row, int64_t from, int64_t to,
+                        vec (&acc)[kTileRows][NV], const char* ahead, int64_t lines) {
   const int64_t wanted = from + lines / kAheadLines, middle = wanted < to ? wanted : to;
   tile_part<NV, true>(panel, row, from, middle, acc, ahead);
   tile_part<NV, false>(panel, row, middle, to, acc, nullptr);

@@ -27,7 +27,8 @@ VIDTOK_INLINE void transpose_square(vec (&r)[16]) {
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m512 a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), b = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
-    const __m512 c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88), d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88),
+                 d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
     r[j].v = _mm512_shuffle_f32x4(a, c, 0x88);
     r[4 + j].v = _mm512_shuffle_f32x4(b, d, 0x88);
     r[8 + j].v = _mm512_shuffle_f32x4(a, c, 0xdd);
@@ -67,7 +68,8 @@ VIDTOK_INLINE void transpose(const T* const* row, int64_t c, float* out, int64_t
   for (int64_t k = 0; k < c; k += kWidth) {
     const int n = c - k < kWidth ? int(c - k) : kWidth;
     vec r[kWidth];
-    for (int i = 0; i < kWidth; ++i) r[i] = row[i] == nullptr ? zero() : n == kWidth ? load(row[i] + k) : load(row[i] + k, n);
+    for (int i = 0; i < kWidth; ++i)
+      r[i] = row[i] == nullptr ? zero() : n == kWidth ? load(row[i] + k) : load(row[i] + k, n);
     transpose_square(r);
     for (int i = 0; i < n; ++i) store(out + (k + i) * stride, r[i]);
   }
