@@ -17,6 +17,9 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 // A long video of few slots is also cut along time; the frame before a cut is read twice.
 constexpr int64_t kFrames = 64;
 
+// Floats of a cache line: sums that straddle two lines cost twice.
+constexpr size_t kAlign = 16;
+
 struct Piece {
   SlotBlock block;
   float* y;
@@ -82,20 +85,23 @@ Status similar_in_time(const AdjacentSimilarityArgs& a) {
   std::atomic<int64_t> next{0};
   std::atomic<bool> starved{false};
   parallel(threads, [&](int, int) {
-    std::unique_ptr<float[]> work;
+    std::unique_ptr<float[]> held;
+    float* work = nullptr;
     if (a.to == SimilarTo::window) {
-      work.reset(new (std::nothrow) float[size_t(kSlotBlock * a.c) + 1]);
-      if (!work) {
+      held.reset(new (std::nothrow) float[size_t(kSlotBlock * a.c) + kAlign]);
+      if (!held) {
         starved = true;
         return;
       }
+      const uintptr_t past = reinterpret_cast<uintptr_t>(held.get()) / sizeof(float) % kAlign;
+      work = held.get() + (kAlign - past) % kAlign;
     }
     for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
       const Piece& piece = pieces[size_t(i)];
       if (a.to == SimilarTo::previous)
         run.previous(a, piece.block, piece.y);
       else
-        run.window(a, piece.block, piece.y, work.get());
+        run.window(a, piece.block, piece.y, work);
     }
   });
   if (starved) return fail(Status::memory, "expected memory for %lld channels", (long long)a.c);

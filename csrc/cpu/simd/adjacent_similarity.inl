@@ -90,21 +90,17 @@ void similar_previous(const AdjacentSimilarityArgs& a, const SlotBlock& block, f
   }
 }
 
-// total (+)= scale · x; the line at the same place of `next`, unless it is null, is fetched meanwhile.
+// total (+)= scale · x
 template <class T>
-VIDTOK_INLINE void add_scaled(float* total, const T* x, float scale, int64_t c, bool first, const T* next) {
-  constexpr int64_t kStep = kLine / int64_t(sizeof(T));
+VIDTOK_INLINE void add_scaled(float* total, const T* x, float scale, int64_t c, bool first) {
   const vec w = set1(scale);
   int64_t j = 0;
-  for (; j + kStep <= c; j += kStep) {
-    if (next) prefetch(next + j);
-    for (int64_t i = j; i < j + kStep; i += kWidth) {
-      const vec add = load(x + i) * w;
-      store(total + i, first ? add : load(total + i) + add);
-    }
+  for (; j + kWidth <= c; j += kWidth) {
+    const vec add = load(x + j) * w;
+    store(total + j, first ? add : load(total + j) + add);
   }
-  for (; j < c; j += kWidth) {
-    const int n = c - j < kWidth ? int(c - j) : kWidth;
+  if (j < c) {
+    const int n = int(c - j);
     const vec add = load(x + j, n) * w;
     store(total + j, first ? add : load(total + j, n) + add, n);
   }
@@ -123,7 +119,7 @@ void similar_window(const AdjacentSimilarityArgs& a, const SlotBlock& block, flo
       if (const T* soon = row_of(x, block, f, l + kPagesAhead, a.x_stride)) prefetch_pages(soon, bytes);
       const float inverse = inverse_norm(squared_norm(row, a.c));
       present[l] += inverse != 0.0f;
-      add_scaled(work + l * a.c, row, inverse, a.c, f == 0, row_of(x, block, f, l + 1, a.x_stride));
+      add_scaled(work + l * a.c, row, inverse, a.c, f == 0);
     }
   for (int64_t l = 0; l < block.count; ++l) {
     const float pairs = squared_norm(work + l * a.c, a.c) - float(present[l]);

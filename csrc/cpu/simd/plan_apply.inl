@@ -31,7 +31,7 @@ void plan_apply_rows(const PlanApplyArgs& a, int64_t begin, int64_t end, bool st
     first = a.offset[m];
     count = a.offset[m + 1] - first;
     if (m + 1 < end)
-      for (int64_t i = first + count; i < a.offset[m + 2]; ++i) prefetch_start(row(a.member[i]), bytes);
+      for (int64_t i = first + count; i < a.offset[m + 2]; ++i) prefetch_pages(row(a.member[i]), bytes);
     if (count == 0) {
       std::memset(out, 0, size_t(bytes));
     } else if (count == 1 && (!a.weigh_single || a.weight[first] == 1.0f)) {

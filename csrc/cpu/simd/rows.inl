@@ -80,16 +80,7 @@ VIDTOK_INLINE void copy_bytes(char* to, const char* from, int64_t left, bool str
 }
 
 // y = the sum of weight · row over the rows that `each` visits, in that order, divided by `divisor`;
-// c channels. Four vectors of the output stay in registers while the rows pass by, and each row is
-// fetched kAhead bytes early, because many rows at once are more streams than the hardware follows.
-constexpr int64_t kAhead = 1024;
-
-// What sum_rows does not fetch by itself: the beginning of a row of the next sum.
-VIDTOK_INLINE void prefetch_start(const void* row, int64_t bytes) {
-  prefetch_once(row, bytes < kAhead ? bytes : kAhead);
-  if (bytes > kAhead) prefetch_pages(row, bytes);
-}
-
+// c channels. Four vectors of the output stay in registers while the rows pass by.
 template <class T, class Each>
 VIDTOK_INLINE void sum_rows(T* y, int64_t c, Each each, float divisor, bool streaming) {
   constexpr int64_t kStep = 4 * kWidth;
@@ -101,7 +92,6 @@ VIDTOK_INLINE void sum_rows(T* y, int64_t c, Each each, float divisor, bool stre
     vec s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
     each([&](const T* row, float weight) VIDTOK_LAMBDA {
       const T* x = row + j;
-      prefetch_span(reinterpret_cast<const char*>(x) + kAhead, kStep * int64_t(sizeof(T)));
       const vec w = set1(weight);
       s0 = fma(w, load(x), s0);
       s1 = fma(w, load(x + kWidth), s1);
