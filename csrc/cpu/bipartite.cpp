@@ -16,7 +16,8 @@ namespace {
 
 // Above this an output leaves L2 before anybody reads it, and streaming saves its read.
 constexpr int64_t kStreamBytes = int64_t(4) << 20;
-// As much of x as is read ahead during the match: more would push itself out of the cache.
+// Of x four fifths are read ahead during the match, and the rest while it is merged; never more than
+// this, which would push itself out of the cache.
 constexpr int64_t kAheadBytes = int64_t(4) << 20;
 
 struct Sequence {
@@ -184,7 +185,7 @@ class Worker {
     const bool dense = x_ != nullptr && a_.x_row == a_.c;
     const int64_t bytes = tokens_ * a_.c * size_of(a_.x_dtype);
     m_.ahead = dense ? x_ : nullptr;
-    m_.ahead_bytes = bytes < kAheadBytes ? bytes : kAheadBytes;
+    m_.ahead_bytes = bytes * 4 / 5 < kAheadBytes ? bytes * 4 / 5 : kAheadBytes;
   }
 
   // Marks the `count` best sources: score descending, then position.

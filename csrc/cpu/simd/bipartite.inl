@@ -100,7 +100,7 @@ VIDTOK_INLINE void tile_part(const float* panel, const float* const* row, int64_
     }
     if (kAhead) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kAheadLines; ++i) prefetch(ahead + i * 64);
+      for (int i = 0; i < kAheadLines; ++i) __builtin_prefetch(ahead + i * 64, 0, 2);  // into L2: L1 holds the panel
       ahead += kAheadLines * 64;
     }
   }
@@ -201,49 +201,58 @@ void match_any(const Matching& m, int64_t index, int64_t count, float* panel) {
 
 // Members in the order of outputs are the order of reading: each line read fetches the same line of
 // the member so many further on.
-constexpr int32_t kMembersAhead = 2;
+constexpr int32_t kMembersAhead = 4;
 
-// Σ size·x / total over members [begin, end), in their order.
-template <class T>
-VIDTOK_INLINE void merge_row(const BipartiteArgs& a, const Merging& s, T* y, int32_t begin, int32_t end, int32_t last,
+// y = Σ weight·row / total, rows in their order; the same columns of `next` are fetched meanwhile.
+template <int N, class T>
+VIDTOK_INLINE void merge_few(T* y, const T* const* row, const T* const* next, const float* weight, int64_t c,
                              float total, bool streaming) {
-  const T* x = static_cast<const T*>(s.x);
-  const auto row = [&](int32_t i) { return x + (a.member[i] - s.begin) * a.x_row; };
-  // The reciprocal of a power of two is exact, as most totals are; then it gives the quotient's bits.
+  // The reciprocal of a power of two, as most totals are, is exact: it gives the quotient's bits.
   const bool exact = (to_bits(total) & 0x7fffff) == 0 && total > 1e-30f && total < 1e30f;
   const vec whole = set1(exact ? 1.0f / total : total);
+  vec w[N];
+  for (int i = 0; i < N; ++i) w[i] = set1(weight[i]);
   const bool past = streaming && sizeof(T) == 4 && (reinterpret_cast<uintptr_t>(y) & (kWidth * 4 - 1)) == 0;
+  constexpr int kVectors = 2;
   int64_t j = 0;
-  for (; j + 4 * kWidth <= a.c; j += 4 * kWidth) {
-    vec sum[4];
-    for (int32_t i = begin; i < end; ++i) {
-      const T* from = row(i) + j;
-      if (i + kMembersAhead < last) prefetch_span(row(i + kMembersAhead) + j, 4 * kWidth * int64_t(sizeof(T)));
-      vec p[4];
-      for (int v = 0; v < 4; ++v) p[v] = load(from + v * kWidth);
-      if (a.size != nullptr) {
-        const vec w = set1(a.size[a.member[i]]);
-        for (int v = 0; v < 4; ++v) p[v] = w * p[v];
-      }
-      for (int v = 0; v < 4; ++v) sum[v] = i == begin ? p[v] : sum[v] + p[v];
-    }
-    for (int v = 0; v < 4; ++v) sum[v] = exact ? sum[v] * whole : sum[v] / whole;
-    for (int v = 0; v < 4; ++v) {
+  for (; j + kVectors * kWidth <= c; j += kVectors * kWidth) {
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) prefetch_span(next[i] + j, kVectors * kWidth * int64_t(sizeof(T)));
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = j + v * kWidth;
+      vec sum = w[0] * load(row[0] + at);
+#pragma GCC unroll 4
+      for (int i = 1; i < N; ++i) sum = sum + w[i] * load(row[i] + at);
+      sum = exact ? sum * whole : sum / whole;
       if (past)
-        stream(reinterpret_cast<float*>(y + j + v * kWidth), sum[v]);
+        stream(reinterpret_cast<float*>(y + at), sum);
       else
-        store(y + j + v * kWidth, sum[v]);
+        store(y + at, sum);
     }
   }
-  for (; j < a.c; j += kWidth) {
-    const int n = a.c - j < kWidth ? int(a.c - j) : kWidth;
-    vec sum = zero();
-    for (int32_t i = begin; i < end; ++i) {
-      const vec p = load(row(i) + j, n);
-      const vec q = a.size == nullptr ? p : set1(a.size[a.member[i]]) * p;
-      sum = i == begin ? q : sum + q;
+  for (; j < c; j += kWidth) {
+    const int n = c - j < kWidth ? int(c - j) : kWidth;
+    vec sum = w[0] * load(row[0] + j, n);
+    for (int i = 1; i < N; ++i) sum = sum + w[i] * load(row[i] + j, n);
+    store(y + j, exact ? sum * whole : sum / whole, n);
+  }
+}
+
+// The same for any number of rows.
+template <class T, class Row, class Weight>
+VIDTOK_INLINE void merge_many(T* y, Row row, Weight weight, int32_t count, int64_t c, float total) {
+  for (int64_t j = 0; j < c; j += 2 * kWidth) {
+    const int n0 = c - j < kWidth ? int(c - j) : kWidth;
+    const int n1 = c - j - kWidth < 0 ? 0 : c - j - kWidth < kWidth ? int(c - j - kWidth) : kWidth;
+    vec s0 = zero(), s1 = zero();
+    for (int32_t i = 0; i < count; ++i) {
+      const T* from = row(i) + j;
+      const vec w = set1(weight(i)), p0 = w * load(from, n0), p1 = n1 > 0 ? w * load(from + kWidth, n1) : zero();
+      s0 = i == 0 ? p0 : s0 + p0, s1 = i == 0 ? p1 : s1 + p1;
     }
-    store(y + j, sum / set1(total), n);
+    store(y + j, s0 / set1(total), n0);
+    if (n1 > 0) store(y + j + kWidth, s1 / set1(total), n1);
   }
 }
 
@@ -252,16 +261,31 @@ void merge_rows(const BipartiteArgs& a, const Merging& s, int64_t begin, int64_t
   T* y = static_cast<T*>(a.y) + s.out * a.c;
   const T* x = static_cast<const T*>(s.x);
   const int32_t last = s.offset[end];
+  const auto row = [&](int32_t i) { return x + (a.member[i] - s.begin) * a.x_row; };
+  const auto weight = [&](int32_t i) { return a.size == nullptr ? 1.0f : a.size[a.member[i]]; };
   for (int64_t m = begin; m < end; ++m) {
-    const int32_t lo = s.offset[m], hi = s.offset[m + 1];
-    if (hi - lo == 1) {
-      const T* next = lo + kMembersAhead < last ? x + (a.member[lo + kMembersAhead] - s.begin) * a.x_row : nullptr;
-      const T* row = x + (a.member[lo] - s.begin) * a.x_row;
-      copy_bytes(reinterpret_cast<char*>(y + m * a.c), reinterpret_cast<const char*>(row), a.c * int64_t(sizeof(T)),
-                 streaming, reinterpret_cast<const char*>(next));
-    } else {
-      merge_row(a, s, y + m * a.c, lo, hi, last, a.total[s.out + m], streaming);
+    const int32_t lo = s.offset[m], count = s.offset[m + 1] - lo;
+    T* out = y + m * a.c;
+    const float total = a.total[s.out + m];
+    const T *from[4], *next[4];
+    float weights[4];
+    for (int32_t i = 0; i < 4 && i < count; ++i) {
+      from[i] = row(lo + i), weights[i] = weight(lo + i);
+      const int32_t ahead = lo + i + kMembersAhead;
+      next[i] = ahead < last ? row(ahead) : from[i];
     }
+    if (count == 1)
+      copy_bytes(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(from[0]), a.c * int64_t(sizeof(T)),
+                 streaming, reinterpret_cast<const char*>(next[0]));
+    else if (count == 2)
+      merge_few<2>(out, from, next, weights, a.c, total, streaming);
+    else if (count == 3)
+      merge_few<3>(out, from, next, weights, a.c, total, streaming);
+    else if (count == 4)
+      merge_few<4>(out, from, next, weights, a.c, total, streaming);
+    else
+      merge_many(
+          out, [&](int32_t i) { return row(lo + i); }, [&](int32_t i) { return weight(lo + i); }, count, a.c, total);
   }
   if (streaming) stream_fence();
 }
