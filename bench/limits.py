@@ -62,6 +62,8 @@ class Limits:
                 self.flop_ways["vidtok FMA loop"] = self._fma_loop
         self.copy_rates = {k: self._best(lambda way=way: self._copy_rate(way)) for k, way in self.copy_ways.items()}
         self.flop_rates = {k: self._best(way) for k, way in self.flop_ways.items()}
+        # Not part of the limit: what a pass that writes nothing can hope for.
+        self.read_rate = self._best(self._read_rate)
         self.best_copy = max(self.copy_rates, key=self.copy_rates.__getitem__)
         self.best_flops = max(self.flop_rates, key=self.flop_rates.__getitem__)
 
@@ -84,6 +86,10 @@ class Limits:
     def _copy_rate(self, way: Callable[[Tensor, Tensor], None]) -> float:
         source, target = self._slices()
         return 2 * SLICE / _seconds(lambda: way(source, target))
+
+    def _read_rate(self) -> float:
+        source, _ = self._slices()
+        return SLICE / _seconds(source.sum)
 
     def _matmuls(self, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
         n = 768

@@ -82,11 +82,14 @@ def _others(rows: list[Row]) -> list[str]:
 
 def _head(rows: list[Row]) -> str:
     """Where and when, and the rates that the limit is made of."""
-    best = {}
+    best: dict[str, tuple[str, float]] = {}
     for row in rows:
         if row.metric == "rate" and row.p50 > best.get(row.unit, ("", 0.0))[1]:
             best[row.unit] = (row.label, row.p50)
+    read = best.pop("GB/s read", None)
     rates = ", ".join(f"{value:.0f} {unit} ({label})" for unit, (label, value) in best.items())
+    if read:
+        rates += f"; reading alone reaches {read[1]:.0f} GB/s ({read[0]})"
     first = rows[0]
     return (
         f"{first.machine}, fp32, {first.isa} kernels; {first.versions}; "

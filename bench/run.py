@@ -46,7 +46,8 @@ def machine_file() -> Path:
 def limit_rows(limits: Limits, shared: dict) -> list[Row]:
     """The measured rates, as rows."""
     rows = []
-    for unit, rates in (("GB/s", limits.copy_rates), ("GFLOP/s", limits.flop_rates)):
+    read = {"torch.sum": limits.read_rate}
+    for unit, rates in (("GB/s", limits.copy_rates), ("GB/s read", read), ("GFLOP/s", limits.flop_rates)):
         for name, rate in rates.items():
             value = rate / 1e9
             rows.append(Row("rate", unit, "limit", name, "", "limit", name, value, value, value, 25, **shared))
