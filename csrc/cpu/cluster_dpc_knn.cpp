@@ -160,9 +160,8 @@ void assign_centers(const Segment& s, const Tokens& t, const std::vector<int32_t
 // Runs body(begin, end) over chunks of columns, for work of that many bytes in all.
 template <class Body>
 void over_columns(int threads, int64_t cols, int64_t bytes, Body&& body) {
-  parallel_tasks(threads_for(threads, bytes), (cols + kColumns - 1) / kColumns, [&](int64_t i) {
-    body(i * kColumns, std::min((i + 1) * kColumns, cols));
-  });
+  parallel_tasks(threads_for(threads, bytes), (cols + kColumns - 1) / kColumns,
+                 [&](int64_t i) { body(i * kColumns, std::min((i + 1) * kColumns, cols)); });
 }
 
 // ---------------------------------------------------------------- distances kept
@@ -213,7 +212,8 @@ Status cluster_kept(const Segment& s, const KeptLayout& layout) {
 
   if (layout.list > 0) {
     over_columns(s.threads, cols, pass, [&](int64_t begin, int64_t end) {
-      for (int64_t i = 0; i < layout.list; ++i) std::fill(list + i * padded + begin, list + i * padded + end, kInfinity);
+      for (int64_t i = 0; i < layout.list; ++i)
+        std::fill(list + i * padded + begin, list + i * padded + end, kInfinity);
       kernel.nearest(u, ld, s.n, begin, end, layout.list, list, padded);
       densities(list, padded, begin, std::min(end, s.n), s.k, unit, t.density);
     });
@@ -284,7 +284,8 @@ Status cluster_swept(const Segment& s) {
     const int64_t count = std::min(side, s.n - begin), panels = round_up(count, gram.panel) / gram.panel;
     const char* x = s.x + begin * s.x_stride * size_of(s.dtype);
     for (int64_t word = 0; word < words; word += layout.slab) {
-      const GramPack args{x, s.dtype, s.x_stride, s.c, nullptr, count, word, std::min(word + layout.slab, words),
+      const GramPack args{x,           s.dtype,       s.x_stride, s.c,
+                          nullptr,     count,         word,       std::min(word + layout.slab, words),
                           packed_rows, t.norm + begin};
       parallel_tasks(s.threads, panels, [&](int64_t p) { gram.pack(args, p, p + 1, panels); });
     }
@@ -404,8 +405,8 @@ Status check(const ClusterDpcKnnArgs& a) {
     const int64_t n = a.cu_seqlens ? a.cu_seqlens[i + 1] - a.cu_seqlens[i] : a.n;
     const int64_t count = a.num_clusters[a.num_counts == 1 ? 0 : i];
     if (count < 0 || count > n)
-      return fail(Status::value, "expected num_clusters between 0 and the segment's %lld tokens, got %lld", (long long)n,
-                  (long long)count);
+      return fail(Status::value, "expected num_clusters between 0 and the segment's %lld tokens, got %lld",
+                  (long long)n, (long long)count);
   }
   return Status::ok;
 }
@@ -424,7 +425,8 @@ Status cluster_dpc_knn(const ClusterDpcKnnArgs& a) {
     const int64_t clusters = a.num_clusters[a.num_counts == 1 ? 0 : i];
     if (n > 0)
       segments.push_back({static_cast<const char*>(a.x) + first * a.x_stride * size_of(a.dtype), a.dtype, a.x_stride, n,
-                          a.c, std::min(a.k, n), clusters, first, a.assignment + first, center, a.workspace, a.threads});
+                          a.c, std::min(a.k, n), clusters, first, a.assignment + first, center, a.workspace,
+                          a.threads});
     center += clusters;
     work += double(n) * double(n);
   }

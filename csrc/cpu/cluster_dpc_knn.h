@@ -17,8 +17,8 @@ struct ClusterKernels {
   void (*higher)(const float* u, int64_t ld, int64_t begin, int64_t end, int64_t cols, const int32_t* row_rank,
                  const int32_t* col_rank, float* best, float* largest);
   // The first row of u[row[t]] with the smallest entry of each column: best and who = base + t.
-  void (*assign)(const float* u, int64_t ld, const int32_t* row, int64_t count, int64_t base, int64_t begin, int64_t end,
-                 float* best, int32_t* who);
+  void (*assign)(const float* u, int64_t ld, const int32_t* row, int64_t count, int64_t base, int64_t begin,
+                 int64_t end, float* best, int32_t* who);
 };
 
 }  // namespace vidtok

@@ -42,7 +42,9 @@ void over_frames(int threads, int64_t frames, Body&& body) {
                  [&](int64_t i) { body(i * kFrames, std::min((i + 1) * kFrames, frames)); });
 }
 
-double inverse_norm(double square) { return square == 0 ? 0.0 : std::isfinite(square) ? 1.0 / std::sqrt(square) : kNan; }
+double inverse_norm(double square) {
+  return square == 0 ? 0.0 : std::isfinite(square) ? 1.0 / std::sqrt(square) : kNan;
+}
 
 double round_bits(double x) {
   if (!std::isfinite(x)) return x;
@@ -211,6 +213,8 @@ Status contour_select(const ContourSelectArgs& a) {
   if (a.num_counts != 1 && a.num_counts != a.sequences)
     return fail(Status::value, "expected num as one number or one for each of %lld sequences, got %lld",
                 (long long)a.sequences, (long long)a.num_counts);
+  if (a.cu_seqlens && a.cu_seqlens[a.sequences] != a.n)
+    return fail(Status::index, "expected cu_seqlens that end at %lld, got %d", (long long)a.n, a.cu_seqlens[a.sequences]);
   std::vector<Sequence> list;
   int64_t* index = a.index;
   int64_t before = 0;

@@ -31,16 +31,21 @@ std::vector<Tile> tiles_of(const GramBlock& b, int64_t panel) {
     if (b.threads == 1 || count >= 16 * b.threads) break;
   }
   std::vector<Tile> tiles;
-  const auto add = [&](int64_t i, int64_t j, bool triangle) {
-    const int64_t row_end = (i + side) * panel, panel_end = j + side;
-    const int64_t last_row = b.symmetric ? whole * panel : b.rows.count;
-    tiles.push_back({i * panel, row_end < last_row ? row_end : last_row, j, panel_end < col_panels ? panel_end : col_panels,
-                     triangle});
+  const int64_t last_row = b.symmetric ? whole * panel : b.rows.count;
+  // A last tile of one or two panels would keep few sums at a time, so it joins the one before.
+  const auto end_of = [side](int64_t begin, int64_t panels) {
+    return panels - begin < side + 3 ? panels : begin + side;
   };
-  for (int64_t i = 0; i < row_panels; i += side)
-    for (int64_t j = b.symmetric ? i + side : 0; j < col_panels; j += side) add(i, j, false);
+  const auto add = [&](int64_t i, int64_t i_end, int64_t j, bool triangle) {
+    const int64_t row_end = i_end * panel < last_row ? i_end * panel : last_row;
+    tiles.push_back({i * panel, row_end, j, end_of(j, col_panels), triangle});
+  };
+  for (int64_t i = 0, i_end; i < row_panels; i = i_end) {
+    i_end = end_of(i, row_panels);
+    for (int64_t j = b.symmetric ? i_end : 0; j < col_panels; j = end_of(j, col_panels)) add(i, i_end, j, false);
+  }
   if (!b.symmetric) return tiles;
-  for (int64_t i = 0; i < row_panels; i += side) add(i, i, true);
+  for (int64_t i = 0; i < row_panels; i = end_of(i, row_panels)) add(i, end_of(i, row_panels), i, true);
   // Tokens beyond the last whole panel meet all columns as a few rows, which costs less than a padded panel of columns.
   for (int64_t j = 0; tail > 0 && j <= whole; j += 4 * side)
     tiles.push_back({whole * panel, b.rows.count, j, j + 4 * side < whole + 1 ? j + 4 * side : whole + 1, false});
@@ -73,8 +78,8 @@ void gram_block(GramBlock& b) {
   const int64_t width = b.dtype == DType::f32 ? 4 : 2;
   const auto pack = [&](const GramSide& side, int64_t begin, int64_t end) {
     const char* x = static_cast<const char*>(b.x) + side.begin * b.x_stride * width;
-    const GramPack args{x,   b.dtype, b.x_stride, b.c, side.token, side.count, begin, end, side.packed,
-                        b.measure ? side.norm : nullptr};
+    const GramPack args{x,          b.dtype, b.x_stride, b.c,         side.token,
+                        side.count, begin,   end,        side.packed, b.measure ? side.norm : nullptr};
     const int64_t panels = round_up(side.count, panel) / panel;
     parallel_tasks(b.threads, panels, [&](int64_t p) { kernel.pack(args, p, p + 1, panels); });
   };
@@ -87,13 +92,14 @@ void gram_block(GramBlock& b) {
     const bool overflow = !std::isfinite(b.scale.factor);
     parallel_tasks(b.threads, int64_t(tiles.size()), [&](int64_t i) {
       const Tile& t = tiles[size_t(i)];
-      kernel.tile({b.rows.packed, cols.packed, round_up(b.rows.count, panel) / panel, round_up(cols.count, panel) / panel,
-                   end - begin, b.g, b.ldg, t.row_begin, t.row_end, t.panel_begin, t.panel_end, begin == 0, t.triangle},
-                  b.dtype);
+      kernel.tile(
+          {b.rows.packed, cols.packed, round_up(b.rows.count, panel) / panel, round_up(cols.count, panel) / panel,
+           end - begin, b.g, b.ldg, t.row_begin, t.row_end, t.panel_begin, t.panel_end, begin == 0, t.triangle},
+          b.dtype);
       if (end < words) return;
       kernel.units({b.g, b.ldg, b.symmetric ? b.g : b.mirror, b.symmetric ? b.ldg : b.ldm, b.rows.norm, cols.norm,
-                    b.rows.count, cols.count, overflow ? 0.0f : b.scale.factor, kGramLargest, overflow ? kGramLargest : 0.0f,
-                    t.row_begin, t.row_end, t.panel_begin, t.panel_end, b.symmetric});
+                    b.rows.count, cols.count, overflow ? 0.0f : b.scale.factor, kGramLargest,
+                    overflow ? kGramLargest : 0.0f, t.row_begin, t.row_end, t.panel_begin, t.panel_end, b.symmetric});
     });
   }
 }

@@ -4,6 +4,9 @@
 // holds the same channel of kPanel tokens. A dot product is a sum over blocks of kGramBlock words;
 // within a block it is sequential. So it has the same bits wherever its two tokens stand, for (i, j)
 // as for (j, i), and equals the squared norm that packing adds up when the tokens are equal.
+//
+// With AVX512-BF16, bf16 channels are multiplied in pairs: products are exact, each of the two additions
+// rounds to nearest even like fp32, and subnormal sums count as zero.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +33,8 @@ struct GramTile {
   const float* a;  // packed rows
   const float* b;  // packed columns
   int64_t a_panels, b_panels;
-  int64_t words;    // packed words per token, a multiple of the panel
-  float* g;         // [rows, ldg], padded to whole panels
+  int64_t words;  // packed words per token, a multiple of the panel
+  float* g;       // [rows, ldg], padded to whole panels
   int64_t ldg;
   int64_t row_begin, row_end;  // row_begin at a panel
   int64_t panel_begin, panel_end;
@@ -48,7 +51,7 @@ struct GramUnits {
   int64_t ldm;
   const float* row_norm;
   const float* col_norm;
-  int64_t rows, cols;  // tokens
+  int64_t rows, cols;            // tokens
   float factor, largest, least;  // least = largest makes every distance the largest
   int64_t row_begin, row_end, panel_begin, panel_end;
   bool symmetric;

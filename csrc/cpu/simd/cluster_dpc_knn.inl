@@ -163,8 +163,7 @@ VIDTOK_INLINE void higher_rows(const float* u, int64_t ld, int64_t cols, const i
 void higher(const float* u, int64_t ld, int64_t begin, int64_t end, int64_t cols, const int32_t* row_rank,
             const int32_t* col_rank, float* best, float* largest) {
   int64_t i = begin;
-  for (; i + 4 <= end; i += 4)
-    higher_rows<4>(u + i * ld, ld, cols, row_rank + i, col_rank, best + i, largest + i);
+  for (; i + 4 <= end; i += 4) higher_rows<4>(u + i * ld, ld, cols, row_rank + i, col_rank, best + i, largest + i);
   for (; i < end; ++i) higher_rows<1>(u + i * ld, ld, cols, row_rank + i, col_rank, best + i, largest + i);
 }
 

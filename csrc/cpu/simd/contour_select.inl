@@ -45,8 +45,8 @@ VIDTOK_INLINE double to_double(T x) {
 constexpr int64_t kChannels = 256;
 
 template <int R, int V, class T>
-VIDTOK_INLINE void product_block(const T* x, int64_t stride, int64_t begin, int64_t end, const double* basis, int64_t cols,
-                                 double* out) {
+VIDTOK_INLINE void product_block(const T* x, int64_t stride, int64_t begin, int64_t end, const double* basis,
+                                 int64_t cols, double* out) {
   dvec acc[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -70,8 +70,8 @@ VIDTOK_INLINE void product_block(const T* x, int64_t stride, int64_t begin, int6
 }
 
 template <int R, class T>
-VIDTOK_INLINE void product_rows(const T* x, int64_t stride, int64_t begin, int64_t end, const double* basis, int64_t cols,
-                                double* out) {
+VIDTOK_INLINE void product_rows(const T* x, int64_t stride, int64_t begin, int64_t end, const double* basis,
+                                int64_t cols, double* out) {
   int64_t j = 0;
   for (; j + 4 * kDoubles <= cols; j += 4 * kDoubles)
     product_block<R, 4>(x, stride, begin, end, basis + j, cols, out + j);
@@ -97,7 +97,8 @@ void project(const void* x, DType dtype, int64_t stride, int64_t rows, int64_t c
   product(static_cast<const f16*>(x), stride, rows, c, basis, cols, out);
 }
 
-void multiply(const double* x, int64_t stride, int64_t rows, int64_t c, const double* basis, int64_t cols, double* out) {
+void multiply(const double* x, int64_t stride, int64_t rows, int64_t c, const double* basis, int64_t cols,
+              double* out) {
   product(x, stride, rows, c, basis, cols, out);
 }
 

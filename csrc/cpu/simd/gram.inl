@@ -31,8 +31,7 @@ VIDTOK_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 template <bool kPairs>
 VIDTOK_INLINE vec dot(vec a, vec b, vec acc) {
 #ifdef VIDTOK_BF16_DOT
-  if (kPairs)
-    return {_mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
+  if (kPairs) return {_mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
 #endif
   return fma(a, b, acc);
 }
@@ -71,8 +70,10 @@ VIDTOK_INLINE void transpose(vec (&r)[16]) {
   // s[4b + q] holds, in each 128-bit lane l, column 4l + q of rows 4b to 4b + 3.
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) {
-    const __m512 low = _mm512_shuffle_f32x4(s[q], s[4 + q], 0x88), high = _mm512_shuffle_f32x4(s[8 + q], s[12 + q], 0x88);
-    const __m512 low2 = _mm512_shuffle_f32x4(s[q], s[4 + q], 0xdd), high2 = _mm512_shuffle_f32x4(s[8 + q], s[12 + q], 0xdd);
+    const __m512 low = _mm512_shuffle_f32x4(s[q], s[4 + q], 0x88),
+                 high = _mm512_shuffle_f32x4(s[8 + q], s[12 + q], 0x88);
+    const __m512 low2 = _mm512_shuffle_f32x4(s[q], s[4 + q], 0xdd),
+                 high2 = _mm512_shuffle_f32x4(s[8 + q], s[12 + q], 0xdd);
     r[q].v = _mm512_shuffle_f32x4(low, high, 0x88);
     r[8 + q].v = _mm512_shuffle_f32x4(low, high, 0xdd);
     r[4 + q].v = _mm512_shuffle_f32x4(low2, high2, 0x88);
@@ -223,8 +224,10 @@ void tile_of(const GramTile& t) {
   for (int64_t kb = 0; kb < blocks; ++kb) {
     const int64_t left = t.words - kb * kGramBlock, words = left < kGramBlock ? left : kGramBlock;
     const bool first = t.first && kb == 0;
-    for (int64_t j = t.panel_begin; j < t.panel_end; j += kGroup) {
-      const int64_t group_end = j + kGroup < t.panel_end ? j + kGroup : t.panel_end;
+    for (int64_t j = t.panel_begin, group_end; j < t.panel_end; j = group_end) {
+      const int64_t left_over = t.panel_end - j;
+      // Four make two pairs: a single panel has too few sums to hide their latency.
+      group_end = left_over == 4 ? j + 2 : left_over > kGroup ? j + kGroup : t.panel_end;
       for (int64_t r = t.row_begin; r < t.row_end; r += kRows) {
         const int64_t panel = r / kPanel, from = t.symmetric && panel > j ? panel : j;
         if (from >= group_end) break;
@@ -233,7 +236,8 @@ void tile_of(const GramTile& t) {
         float* g = t.g + r * t.ldg + from * kPanel;
         const int nv = int(group_end - from);
         // Each row block fetches its share of the next group: one line for every eight words.
-        const float* next = t.b + (kb * t.b_panels + group_end) * kPanelWords + (r - t.row_begin) / kRows * (2 * kGramBlock);
+        const float* next =
+            t.b + (kb * t.b_panels + group_end) * kPanelWords + (r - t.row_begin) / kRows * (2 * kGramBlock);
 #if VIDTOK_WIDTH == 16
         if (t.row_end - r <= 4) {
           block_of<4, kPairs>(nv, a, b, words, g, t.ldg, first, next);
