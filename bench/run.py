@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{shared['machine']}, {shared['isa']}; {shared['versions']}; commit {shared['commit']}")
     limits = Limits(args.threads)
     elsewhere = limits.taken_elsewhere()
-    if elsewhere > BUSY:
+    if elsewhere > BUSY and args.clock == "wall":
         print(f"  other programs take {elsewhere:.0%} of the processors: these times say little (see --clock)")
         shared["machine"] = f"{shared['machine']}, {elsewhere:.0%} of them taken by other programs"
     rows = limit_rows(limits, shared)
