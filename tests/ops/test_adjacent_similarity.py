@@ -156,3 +156,11 @@ def test_any_grids(grid, c, data):
             torch.testing.assert_close(windows, expected[1], rtol=0, atol=2.0**-20)
         finally:
             select.extension().force_isa(before)
+
+
+def test_the_operator_itself_refuses_centers_that_do_not_fit(isa):
+    op, x, grid = torch.ops.vidtok.adjacent_similarity, torch.zeros(12, 4), torch.tensor([[3, 2, 2]])
+    cu = torch.tensor([0, 12]).int()
+    for center in (torch.zeros(2, 4), torch.zeros(1, 3), torch.zeros(1, 4, dtype=torch.float16)):
+        with pytest.raises(IndexError, match="expected center"):
+            op(x, grid, 2, None, center, cu, 12)

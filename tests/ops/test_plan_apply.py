@@ -164,3 +164,28 @@ def test_any_lists(data):
             assert torch.equal(leaf.grad, slope)
         finally:
             select.extension().force_isa(before)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_operator_itself_refuses_lists_that_do_not_belong_together(backward, isa):
+    """Short lists would be read past their end."""
+    x, anchor = torch.zeros(4, 8), torch.tensor([0, 2]).int()
+    member, offset, weight = torch.tensor([0, 1, 2]).int(), torch.tensor([0, 2, 3]).int(), torch.ones(3)
+
+    def call(*lists):
+        if backward:
+            return torch.ops.vidtok.plan_apply_backward(torch.zeros(2, 8), *lists, 4)
+        return torch.ops.vidtok.plan_apply(x, *lists)
+
+    assert call(anchor, member, offset, weight).shape == ((4, 8) if backward else (2, 8))
+    for lists in ((member, offset[:2], weight), (member, offset, weight[:2]), (member[:2], offset, weight)):
+        with pytest.raises((IndexError, RuntimeError)):
+            call(anchor, *lists)
+    with pytest.raises(TypeError, match="int32"):
+        call(anchor, member.long(), offset, weight)
+
+
+def test_the_operator_itself_takes_any_strides(isa):
+    x = torch.arange(48.0).view(6, 8)
+    anchor = torch.tensor([5, 1]).int()
+    assert torch.equal(torch.ops.vidtok.plan_apply(x.t(), anchor, None, None, None), x.t()[[5, 1]])

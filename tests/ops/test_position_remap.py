@@ -117,3 +117,14 @@ def test_any_shape(outer, inner, n, data):
     expected = x[:, index.clamp(min=0)]
     expected[:, index < 0] = torch.tensor(3, dtype=dtype)
     assert y.shape == expected.shape and (not inner or torch.equal(bits(y), bits(expected)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_operator_itself_refuses_tensors_that_differ(backend):
+    """Whatever calls it, nothing is written past an output or read past an input."""
+    op, anchor = torch.ops.vidtok.position_remap, torch.tensor([3, 0, 1]).int()
+    with vidtok.use_backend(backend):
+        with pytest.raises((ValueError, IndexError, RuntimeError)):
+            op(anchor, [torch.zeros(2), torch.zeros(4)], [0, 0], [0, 0], 0, [0.0, 0.0])
+        with pytest.raises((ValueError, IndexError, RuntimeError)):
+            op(anchor, [torch.zeros(2, 2)], [1], [1], 1, [0.0])

@@ -10,7 +10,7 @@ from torch import Tensor
 from vidtok.kernels.native import DTYPE_CODE, check, extension, num_threads, pointer
 from vidtok.kernels.reference.adjacent_similarity import MODES, window_slots
 
-_WINDOW = MODES.index("window")
+_WINDOW, _CENTER = MODES.index("window"), MODES.index("center")
 
 
 def adjacent_similarity(
@@ -27,6 +27,14 @@ def adjacent_similarity(
     if dtype is None:
         return NotImplemented
     n, c = x.shape
+    if len(grid.shape) != 2 or grid.shape[1] != 3:
+        raise IndexError(f"expected grid of shape [V, 3], got {list(grid.shape)}")
+    if mode == _CENTER:
+        assert center is not None and cu_seqlens is not None
+        if center.dtype is not x.dtype or list(center.shape) != [cu_seqlens.shape[0] - 1, c]:
+            raise IndexError(f"expected center of shape [{cu_seqlens.shape[0] - 1}, {c}], got {list(center.shape)}")
+    if x.stride(1) != 1:
+        x = x.contiguous()
     if mode != _WINDOW:
         num_out = n
     elif num_out < 0:

@@ -32,7 +32,7 @@ def position_remap(
     m = anchor.shape[0]
     out: list[Tensor] = []
     flat: list[int] = []
-    n = 0
+    n = -1
     for t, dim, batch, value in zip(tensors, dims, dense, fill):
         size = t.itemsize
         shape = t.shape
@@ -40,15 +40,20 @@ def position_remap(
             return NotImplemented
         if len(shape) == 2 and dim == 1:  # [B, L] or [rows, N]
             outer, inner = (1, 1) if batch else (shape[0], 1)
-            n = shape[1] * shape[0] if batch else shape[1]
+            held = shape[1] * shape[0] if batch else shape[1]
             y = t.new_empty(shape[0], length if batch else m)
         else:
             first = dim - batch
-            n = shape[first] * shape[dim] if batch else shape[dim]
+            held = shape[first] * shape[dim] if batch else shape[dim]
             outer, inner = math.prod(shape[:first]), math.prod(shape[dim + 1 :])
             y = t.new_empty(result_shape(shape, dim, batch, m, length))
+        if held != n >= 0 or (batch and shape[dim - 1] * length != m):
+            raise ValueError(f"expected {n} tokens that become {m}, got shape {list(shape)} to {list(y.shape)}")
+        n = held
         out.append(y)
         flat += (t.data_ptr(), y.data_ptr(), outer, inner * size, size, _bits(t.dtype, value) if value else 0)
+    if not out:
+        return out
     status = extension().position_remap(pointer(anchor), n, m, flat, num_threads())
     if status:
         check(status, "position_remap")
