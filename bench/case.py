@@ -11,6 +11,7 @@ from torch import Tensor
 
 Inputs = dict[str, Any]
 Outcome = tuple[Tensor, ...]
+Work = tuple[tuple[float, float], ...]
 
 
 def _as_is(result: Any, inputs: Inputs) -> Outcome:
@@ -76,13 +77,17 @@ class Case:
     make: Callable[[int], Inputs]
     ours: Provider
     others: tuple[Provider, ...]
-    work: tuple[tuple[float, float], ...]
+    work: Work | Callable[[], Work]
     targets: tuple[Target, ...] = ()
     compiled: Provider | None = None
     atol: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.operator} {self.name}"
+
+    def passes(self) -> Work:
+        """``work``, counted now when it takes a run of the operators to know it."""
+        return self.work() if callable(self.work) else self.work
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -49,8 +49,8 @@ def timed(benchmark, case: Case, provider: Provider) -> Iterator[Callable[[], No
             turn = itertools.cycle(sets)
             seconds = timeit.timeit(lambda: provider.run(inputs), number=1)
             benchmark.group = str(case)
-            benchmark.extra_info["bytes"] = sum(b for b, _ in case.work)
-            benchmark.extra_info["flops"] = sum(f for _, f in case.work)
+            benchmark.extra_info["bytes"] = sum(b for b, _ in case.passes())
+            benchmark.extra_info["flops"] = sum(f for _, f in case.passes())
             rounds = max(3, min(50, int(0.5 / max(seconds, 1e-6))))
             benchmark.pedantic(provider.run, setup=lambda: ((next(turn),), {}), rounds=rounds, warmup_rounds=1)
 

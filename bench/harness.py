@@ -84,11 +84,11 @@ def _loop(
     case: Case, sides: list[_Side], sets: list[Inputs], limits: Limits | None, seconds: float, budget: Budget
 ) -> dict[str, list[tuple[int, float]]]:
     """(iteration, seconds) of each role; the limit under ``limit``."""
-    rough = _warm(sides, sets)
+    rough, work = _warm(sides, sets), case.passes()
     out: dict[str, list[tuple[int, float]]] = defaultdict(list)
     spent: dict[str, float] = defaultdict(float)
     share = seconds / len(sides)
-    needs_flops = limits is not None and any(f > 0 for _, f in case.work)
+    needs_flops = limits is not None and any(f > 0 for _, f in work)
     # A long operator is compared with limit samples that are not much shorter than itself.
     repeats = max(1, min(16, round(rough["vidtok"] / 8e-3)))
     at = 0
@@ -109,7 +109,7 @@ def _loop(
             if role == "vidtok" and limits is not None:
                 copy = statistics.median(limits.copy() for _ in range(repeats))
                 flops = statistics.median(limits.flops() for _ in range(repeats)) if needs_flops else 1.0
-                out["limit"].append((i, limits.seconds(case.work, copy, flops)))
+                out["limit"].append((i, limits.seconds(work, copy, flops)))
         if left == 0:
             break
     return out
@@ -191,7 +191,7 @@ def _rows(
     limits: Limits,
     shared: dict[str, Any],
 ) -> list[Row]:
-    ours = samples["vidtok"]
+    ours, work = samples["vidtok"], case.passes()
     speedups = {p.role: _pairs(samples[p.role], ours) for p in providers}
     target = ", ".join(map(str, case.targets))
     rows = []
@@ -216,11 +216,11 @@ def _rows(
                 p80,
                 len(samples[p.role]),
                 least * 1e6,
-                limits.kind(case.work),
+                limits.kind(work),
                 over,
                 speedups[p.role],
-                sum(b for b, _ in case.work),
-                sum(f for _, f in case.work),
+                sum(b for b, _ in work),
+                sum(f for _, f in work),
                 target if mine else "",
                 _reached(case, over, p50, speedups) if mine else "",
                 **shared,

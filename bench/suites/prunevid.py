@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 from unittest import mock
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.baselines import prunevid as baseline
-from bench.case import Case, Inputs, Provider, Target, tokens
+from bench.case import Case, Inputs, Provider, Target, Work, tokens
 from bench.suites.cluster_dpc_knn import work as dpc_work
 from vidtok import methods, ops
 
@@ -36,7 +37,7 @@ def _unordered(result: Any, inputs: Inputs) -> tuple[Tensor, ...]:
     return (((result.double() @ direction).sort().values),)
 
 
-def operator_work(x: Tensor, grid: list[tuple[int, int, int]]) -> tuple[tuple[float, float], ...]:
+def operator_work(x: Tensor, grid: list[tuple[int, int, int]]) -> Work:
     """(bytes, FLOPs) of every operator call that the method and the move make."""
     calls: list[tuple[float, float]] = []
 
@@ -79,7 +80,11 @@ def cases(tiny: bool = False) -> list[Case]:
     """One video."""
     frames, side, c = (8, 4, 64) if tiny else (32, 14, 3584)
     grid = [(frames, side, side)]
-    work = operator_work(_video(0, frames, side * side, c)["x"], grid)
+
+    @functools.cache
+    def work() -> Work:
+        return operator_work(_video(0, frames, side * side, c)["x"], grid)
+
     return [
         Case(
             "prunevid",
