@@ -30,10 +30,11 @@ struct Selection {
 Status selection(const AttentionTopkArgs& a, Selection& out) {
   out.before.resize(size_t(a.spans));
   for (int64_t s = 0; s < a.spans; ++s) {
-    const int64_t *span = a.span + 3 * s, tokens = span[2] - span[1];
-    if (span[0] < 0 || span[0] >= a.batch || span[1] < 0 || tokens < 0 || span[2] > a.length)
+    const int64_t* span = a.span + 3 * s;
+    if (span[0] < 0 || span[0] >= a.batch || span[1] < 0 || span[2] < span[1] || span[2] > a.length)
       return fail(Status::index, "expected spans (row, start, stop) inside [%lld, %lld], got (%lld, %lld, %lld)",
                   (long long)a.batch, (long long)a.length, (long long)span[0], (long long)span[1], (long long)span[2]);
+    const int64_t tokens = span[2] - span[1];
     out.before[s] = out.scores;
     out.scores += tokens;
     size_t g = out.groups.size();

@@ -47,10 +47,13 @@ int64_t merges_of(const BipartiteArgs& a, int64_t begin, int64_t tokens) {
   int64_t out = (tokens - p.kept) / 2;
   if (a.r < out) out = a.r;
   if (p.sources < out) out = p.sources;
-  return out;
+  return out > 0 ? out : 0;
 }
 
 Status sequences(const BipartiteArgs& a, std::vector<Sequence>& out, int64_t* m) {
+  const int64_t all = a.cu == nullptr ? a.batch * a.tokens : a.tokens;
+  if (all > std::numeric_limits<int32_t>::max())
+    return fail(Status::value, "expected fewer than 2^31 tokens, got %lld", (long long)all);
   out.resize(size_t(a.batch));
   int64_t total = 0;
   if (a.cu == nullptr) {

@@ -6,7 +6,9 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #ifdef VIDTOK_USE_STD_THREAD
+#include <system_error>
 #include <thread>
 #include <vector>
 #else
@@ -15,31 +17,46 @@
 
 namespace vidtok {
 
-// A forked child must not enter libgomp's pool, whose threads did not survive the fork.
-inline bool forked() {
-  static std::atomic<pid_t> owner{0};
-  const pid_t here = getpid();
-  pid_t seen = 0;
-  return !owner.compare_exchange_strong(seen, here) && seen != here;
-}
+// A forked child must not enter libgomp's pool, whose threads did not survive the fork. torch uses the
+// same libgomp and may have started the pool before any kernel here ran, so being loaded counts.
+inline const pid_t kLoadedBy = getpid();
+inline bool forked() { return getpid() != kLoadedBy; }
 
 // Runs body(thread, threads) once on each of `threads` threads; one thread never enters OpenMP.
+// An exception may not leave a thread, so the first one is thrown again after all have ended.
 template <class Body>
 void parallel(int threads, Body&& body) {
   if (threads <= 1 || forked()) {
     body(0, 1);
     return;
   }
+  std::exception_ptr error;
+  std::atomic<bool> failed{false};
+  const auto guarded = [&](int t, int n) {
+    try {
+      body(t, n);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
+  };
 #ifdef VIDTOK_USE_STD_THREAD
   std::vector<std::thread> others;
   others.reserve(threads - 1);
-  for (int t = 1; t < threads; ++t) others.emplace_back([&body, t, threads] { body(t, threads); });
-  body(0, threads);
+  int started = 1;
+  try {
+    for (; started < threads; ++started)
+      others.emplace_back([&guarded, started, threads] { guarded(started, threads); });
+  } catch (const std::system_error&) {
+    // No more threads to be had: the rest is done here.
+  }
+  guarded(0, threads);
+  for (int t = started; t < threads; ++t) guarded(t, threads);
   for (auto& thread : others) thread.join();
 #else
 #pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num(), omp_get_num_threads());
+  guarded(omp_get_thread_num(), omp_get_num_threads());
 #endif
+  if (error) std::rethrow_exception(error);
 }
 
 // Runs body(begin, end) over an even partition of [0, count).

@@ -37,7 +37,7 @@ Status layout(const PoolPackedArgs& a, PoolGrid* grids) {
   return Status::ok;
 }
 
-// Calls the kernel for every (frame, row) of every video.
+// Calls the kernel for every (frame, row) of every video; rows_of is 0 where the rows hold nothing, however many.
 template <class Rows, class Kernel>
 Status each_row(const PoolPackedArgs& a, int64_t written, Rows rows_of, Kernel kernel) {
   const std::unique_ptr<PoolGrid[]> grids(new (std::nothrow) PoolGrid[size_t(a.videos) + 1]);
@@ -69,11 +69,12 @@ Status each_row(const PoolPackedArgs& a, int64_t written, Rows rows_of, Kernel k
 }  // namespace
 
 Status pool_packed(const PoolPackedArgs& args) {
-  return each_row(args, args.num_out, [](const PoolGrid& g) { return g.oh; }, kernels().pool_packed.row);
+  return each_row(args, args.num_out, [](const PoolGrid& g) { return g.ow > 0 ? g.oh : 0; }, kernels().pool_packed.row);
 }
 
 Status pool_packed_backward(const PoolPackedArgs& args) {
-  return each_row(args, args.num_in, [](const PoolGrid& g) { return g.h; }, kernels().pool_packed.backward_row);
+  return each_row(
+      args, args.num_in, [](const PoolGrid& g) { return g.w > 0 ? g.h : 0; }, kernels().pool_packed.backward_row);
 }
 
 }  // namespace vidtok

@@ -1,6 +1,9 @@
 // Every kernel with several threads, and called from several threads at once, gives the bits that
 // one thread gives. Built with ThreadSanitizer by `make check-tsan`.
+#include <new>
+
 #include "check.h"
+#include "cpu/parallel.h"
 #include "vidtok/adjacent_similarity.h"
 #include "vidtok/attention_topk.h"
 #include "vidtok/bipartite.h"
@@ -198,9 +201,23 @@ void attention_topk(bool use_max) {
   });
 }
 
+// Memory may run out on any thread; the caller must learn of it.
+void exceptions() {
+  for (int threads : {1, 2, 4}) {
+    bool caught = false;
+    try {
+      vidtok::parallel(threads, [](int, int) { throw std::bad_alloc(); });
+    } catch (const std::bad_alloc&) {
+      caught = true;
+    }
+    expect(caught, "an exception on " + std::to_string(threads) + " threads");
+  }
+}
+
 }  // namespace
 
 int main() {
+  exceptions();
   plan_apply();
   position_remap();
   topk_select();

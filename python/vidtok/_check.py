@@ -70,4 +70,4 @@ def cu_seqlens(cu: Tensor, total: int, name: str = "cu_seqlens") -> Tensor:
         if values[0] != 0 or values[-1] != total or any(a > b for a, b in zip(values, values[1:])):
             shown = values if len(values) <= 12 else [*values[:6], "...", *values[-3:]]
             fail(f"{name} that start at 0, never fall and end at {total}", str(shown))
-    return cu if cu.dtype == torch.int32 else cu.to(torch.int32)
+    return contiguous(cu if cu.dtype == torch.int32 else cu.to(torch.int32))

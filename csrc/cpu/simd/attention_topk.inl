@@ -141,8 +141,8 @@ void summarise(const AttentionLogits& a, int64_t r, int64_t begin, int64_t end) 
   const int64_t keys = end - begin;
   int64_t seen = keys;
   if (a.position != nullptr) {
-    const int64_t sees = a.position[r % a.width] + 1 - begin;
-    seen = sees < 0 ? 0 : sees < keys ? sees : keys;
+    const int64_t last = a.position[r % a.width];
+    seen = last < begin ? 0 : last < end ? last - begin + 1 : keys;
   }
   for (int64_t l = seen; l < padded(keys); ++l) x[l] = kNone;
   if (a.mask != nullptr)

@@ -18,7 +18,7 @@ def as_tensor(grid_thw: GridLike) -> Tensor:
         for row in grid_thw:
             if len(row) != 3:
                 _check.fail("grid_thw as rows (frames, height, width)", str(grid_thw))
-        return torch.tensor(grid_thw, dtype=torch.int64) if len(grid_thw) else torch.empty(0, 3, dtype=torch.int64)
+        return torch.tensor(grid_thw, dtype=torch.int64, device="cpu").reshape(-1, 3)
     if grid_thw.dtype == torch.int64 and grid_thw.dim() == 2 and grid_thw.shape[1] == 3 and grid_thw.is_cpu:
         return grid_thw if grid_thw.is_contiguous() else grid_thw.contiguous()
     if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():

@@ -86,7 +86,7 @@ def adjacent_similarity(
     if to == "window":
         if window is None:
             _check.fail("window as frames per segment with to='window'", "None")
-        window_tensor = torch.as_tensor(window, dtype=torch.int64).cpu()
+        window_tensor = torch.as_tensor(window, dtype=torch.int64, device="cpu").contiguous()
         num_out = (
             -1 if torch.compiler.is_compiling() else reference.window_slots(_grid.rows(grid), window_tensor.tolist(), n)
         )

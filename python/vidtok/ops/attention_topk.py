@@ -102,7 +102,7 @@ def attention_topk(
         num_index = sum(budgets)
     elif count is not None and budgets:
         num_index = budgets[0] * count
-    scale = d**-0.5 if scale is None else float(scale)
+    scale = max(d, 1) ** -0.5 if scale is None else float(scale)
     query, key, use_max = _check.decided_from(query), _keys(key), reduce == "max"
     return Selected(
         *_op(query, key, budgets, spans, groups, scale, mask, query_position, use_max, num_index, num_score)
@@ -121,14 +121,14 @@ def _spans(span: Tensor | Sequence[Sequence[int]]) -> tuple[Tensor, int]:
         if len(row) != 3:
             _check.fail("span as rows (row, start, stop)", str(span))
         total += row[2] - row[1]
-    return torch.tensor(span, dtype=torch.int64) if len(span) else torch.empty(0, 3, dtype=torch.int64), total
+    return torch.tensor(span, dtype=torch.int64, device="cpu").reshape(-1, 3), total
 
 
 def _groups(group: Tensor | Sequence[int] | None, spans: int) -> tuple[Tensor | None, int | None]:
     """int64 ``[S]`` on the CPU, and how many groups there are; None where traced code cannot know."""
     if group is None:
         return None, spans
-    numbers = torch.as_tensor(group, dtype=torch.int64).cpu().contiguous()
+    numbers = torch.as_tensor(group, dtype=torch.int64, device="cpu").contiguous()
     if tuple(numbers.shape) != (spans,):
         _check.fail(f"group of integers [{spans}]", str(list(numbers.shape)))
     if isinstance(group, Tensor):

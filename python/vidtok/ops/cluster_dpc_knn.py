@@ -78,9 +78,9 @@ def cluster_dpc_knn(
     num_center: int = -1
     if isinstance(num_clusters, int):
         num_center = num_clusters * segments
-        counts = torch.tensor([num_clusters], dtype=torch.int64)
+        counts = torch.tensor([num_clusters], dtype=torch.int64, device="cpu")
     else:
-        counts = torch.as_tensor(num_clusters, dtype=torch.int64).cpu()
+        counts = torch.as_tensor(num_clusters, dtype=torch.int64, device="cpu").contiguous()
         if counts.dim() != 1 or counts.shape[0] != segments:
             _check.fail(f"num_clusters as one number or one for each of {segments} segments", str(list(counts.shape)))
         if not torch.compiler.is_compiling():

@@ -112,7 +112,7 @@ def pool_packed(
         _grid.check_total(rows, x.shape[0])
         out = [[t, *_target(h, w, level, out_hw)] for t, h, w in rows]
         num_out = sum(t * h * w for t, h, w in out)
-        grid_out = torch.tensor(out) if out else torch.empty(0, 3, dtype=torch.int64)
+        grid_out = torch.tensor(out, dtype=torch.int64, device="cpu").reshape(-1, 3)
     op = _op_grad if needs_grad(x) else _op
     return Pooled(op(_check.contiguous(x), grid, grid_out, num_out), grid_out)
 
@@ -133,5 +133,6 @@ def _traced_target(grid: Tensor, level: float | None, out_hw: tuple[int, int] | 
         quotient = grid[:, 1:].double() / level
         side = torch.where(quotient < 1, 1, torch.round(quotient).long())
     else:
-        side = torch.tensor(out_hw, dtype=torch.int64).expand(grid.shape[0], 2)
+        side = torch.tensor(out_hw, dtype=torch.int64, device="cpu").expand(grid.shape[0], 2)
+    side = torch.where((grid[:, 1:] == 0).any(1, keepdim=True), grid[:, 1:], side)
     return torch.cat([grid[:, :1], side], 1)

@@ -13,6 +13,9 @@ from vidtok.kernels.native import topk_select as native
 from vidtok.kernels.reference import topk_select as reference
 from vidtok.ops._library import define
 
+# Offsets are int32.
+_MOST = 2**31 - 1
+
 
 def _fake(score: Tensor, keep: Any, cu_seqlens: Tensor | None) -> Tensor:
     segments = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -74,6 +77,8 @@ def _rows(score: Tensor, keep: int | Sequence[int], cu_seqlens: Tensor | None) -
         _check.fail("one keep and no cu_seqlens for score of shape [B, N]", f"keep={keep}")
     if not 0 <= keep <= n:
         _check.fail(f"keep between 0 and {n}", str(keep))
+    if not torch.compiler.is_compiling() and batch * n > _MOST:
+        return torch.stack([_op(row.contiguous(), [keep], None) for row in score.detach()])
     start = torch.arange(batch + 1, dtype=torch.int32, device=score.device) * n
     index = _op(score.detach().reshape(-1), [keep], start).view(batch, keep)
     return index - start[:-1].long().unsqueeze(1)
