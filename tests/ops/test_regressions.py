@@ -119,3 +119,10 @@ def test_default_device_does_not_move_host_lists() -> None:
         assert ops.cluster_dpc_knn(x, 3, k=2).center.device.type == "cpu"
         picked = ops.attention_topk(x[None, None, :1], x[None, None], 2, span=[(0, 0, 5)], group=[0])
         assert picked.index.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_anchors_of_another_type(dtype: torch.dtype) -> None:
+    plan = Plan(_ints(0, 6), _ints(0, 2), torch.tensor([3, 5], dtype=dtype), None, None, None, 6)
+    assert ops.position_remap(plan, torch.arange(6))[0].tolist() == [3, 5]
+    assert torch.equal(ops.plan_apply(plan, X), X[[3, 5]])

@@ -29,6 +29,8 @@ def position_remap(
     anchor: Tensor, tensors: list[Tensor], dims: list[int], dense: list[int], length: int, fill: list[float]
 ) -> Any:
     """See :func:`vidtok.kernels.reference.position_remap.position_remap`."""
+    if anchor.dtype is not torch.int32:
+        return NotImplemented
     m = anchor.shape[0]
     out: list[Tensor] = []
     flat: list[int] = []
