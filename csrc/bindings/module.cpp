@@ -6,12 +6,12 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "vidtok/adjacent_similarity.h"
 #include "vidtok/attention_topk.h"
 #include "vidtok/bipartite.h"
-#include "vidtok/peak.h"
-#include "vidtok/adjacent_similarity.h"
 #include "vidtok/cluster_dpc_knn.h"
 #include "vidtok/contour_select.h"
+#include "vidtok/peak.h"
 #include "vidtok/plan_apply.h"
 #include "vidtok/pool_packed.h"
 #include "vidtok/position_remap.h"
@@ -30,12 +30,18 @@ T* ptr(uintptr_t address) {
 PlanApplyArgs plan_apply_args(uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t m, int64_t c, int64_t x_stride,
                               uintptr_t anchor, uintptr_t member, uintptr_t offset, uintptr_t weight, int64_t nnz,
                               int threads) {
-  return {ptr<const void>(x),       ptr<void>(y),
-          static_cast<DType>(dtype), n,
-          m,                         c,
-          x_stride,                  ptr<const int32_t>(anchor),
-          ptr<const int32_t>(member), ptr<const int32_t>(offset),
-          ptr<const float>(weight),  nnz,
+  return {ptr<const void>(x),
+          ptr<void>(y),
+          static_cast<DType>(dtype),
+          n,
+          m,
+          c,
+          x_stride,
+          ptr<const int32_t>(anchor),
+          ptr<const int32_t>(member),
+          ptr<const int32_t>(offset),
+          ptr<const float>(weight),
+          nnz,
           threads};
 }
 
@@ -104,13 +110,32 @@ PYBIND11_MODULE(_C, m) {
            uintptr_t mask, uintptr_t position, bool use_max, uintptr_t span, int64_t spans, uintptr_t group,
            const std::vector<int64_t>& keep, uintptr_t index, int64_t num_index, uintptr_t score, int64_t num_score,
            int threads) {
-          return run(attention_topk,
-                     AttentionTopkArgs{ptr<const void>(query), ptr<const void>(key), static_cast<DType>(dtype), batch,
-                                       q_heads, kv_heads, width, length, dim, key_batch, key_head, key_row, scale,
-                                       ptr<const uint8_t>(mask), ptr<const int64_t>(position), use_max,
-                                       ptr<const int64_t>(span), spans, ptr<const int64_t>(group), keep.data(),
-                                       int64_t(keep.size()), ptr<int64_t>(index), num_index, ptr<float>(score),
-                                       num_score, threads});
+          return run(attention_topk, AttentionTopkArgs{ptr<const void>(query),
+                                                       ptr<const void>(key),
+                                                       static_cast<DType>(dtype),
+                                                       batch,
+                                                       q_heads,
+                                                       kv_heads,
+                                                       width,
+                                                       length,
+                                                       dim,
+                                                       key_batch,
+                                                       key_head,
+                                                       key_row,
+                                                       scale,
+                                                       ptr<const uint8_t>(mask),
+                                                       ptr<const int64_t>(position),
+                                                       use_max,
+                                                       ptr<const int64_t>(span),
+                                                       spans,
+                                                       ptr<const int64_t>(group),
+                                                       keep.data(),
+                                                       int64_t(keep.size()),
+                                                       ptr<int64_t>(index),
+                                                       num_index,
+                                                       ptr<float>(score),
+                                                       num_score,
+                                                       threads});
         });
   m.def("bipartite_outputs", &bipartite_outputs);
   const auto bipartite_lists = [](uintptr_t metric, int metric_dtype, int64_t heads, int64_t cm, int64_t metric_batch,
@@ -134,18 +159,18 @@ PYBIND11_MODULE(_C, m) {
   };
   m.def("bipartite_match", bipartite_lists);
   m.def("bipartite_merge", bipartite_lists);
-  m.def("plan_apply", [](uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t rows, int64_t c, int64_t x_stride,
-                         uintptr_t anchor, uintptr_t member, uintptr_t offset, uintptr_t weight, int64_t nnz,
-                         int threads) {
-    return run(plan_apply,
-               plan_apply_args(x, y, dtype, n, rows, c, x_stride, anchor, member, offset, weight, nnz, threads));
-  });
-  m.def("plan_apply_backward", [](uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t rows, int64_t c,
-                                  int64_t x_stride, uintptr_t anchor, uintptr_t member, uintptr_t offset,
-                                  uintptr_t weight, int64_t nnz, int threads) {
-    return run(plan_apply_backward,
-               plan_apply_args(x, y, dtype, n, rows, c, x_stride, anchor, member, offset, weight, nnz, threads));
-  });
+  m.def("plan_apply",
+        [](uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t rows, int64_t c, int64_t x_stride, uintptr_t anchor,
+           uintptr_t member, uintptr_t offset, uintptr_t weight, int64_t nnz, int threads) {
+          return run(plan_apply,
+                     plan_apply_args(x, y, dtype, n, rows, c, x_stride, anchor, member, offset, weight, nnz, threads));
+        });
+  m.def("plan_apply_backward",
+        [](uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t rows, int64_t c, int64_t x_stride, uintptr_t anchor,
+           uintptr_t member, uintptr_t offset, uintptr_t weight, int64_t nnz, int threads) {
+          return run(plan_apply_backward,
+                     plan_apply_args(x, y, dtype, n, rows, c, x_stride, anchor, member, offset, weight, nnz, threads));
+        });
   m.def("position_remap", [](uintptr_t anchor, int64_t n, int64_t m, const std::vector<int64_t>& tensors, int threads) {
     constexpr size_t kFields = 6;
     std::vector<RemapTensor> list(tensors.size() / kFields);
@@ -158,16 +183,16 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("topk_select", [](uintptr_t score, int dtype, int64_t n, const std::vector<int64_t>& keep, uintptr_t cu_seqlens,
                           int64_t segments, uintptr_t index, int threads) {
-    return run(topk_select, TopkSelectArgs{ptr<const void>(score), static_cast<DType>(dtype), n, keep.data(),
-                                           int64_t(keep.size()), ptr<const int32_t>(cu_seqlens), segments,
-                                           ptr<int64_t>(index), threads});
+    return run(topk_select,
+               TopkSelectArgs{ptr<const void>(score), static_cast<DType>(dtype), n, keep.data(), int64_t(keep.size()),
+                              ptr<const int32_t>(cu_seqlens), segments, ptr<int64_t>(index), threads});
   });
   const auto pool = [](Status (*kernel)(const PoolPackedArgs&)) {
     return [kernel](uintptr_t x, uintptr_t y, int dtype, int64_t num_in, int64_t num_out, int64_t c, int64_t x_stride,
                     uintptr_t grid_in, uintptr_t grid_out, int64_t videos, int threads) {
-      return run(kernel, PoolPackedArgs{ptr<const void>(x), ptr<void>(y), static_cast<DType>(dtype), num_in, num_out, c,
-                                        x_stride, ptr<const int64_t>(grid_in), ptr<const int64_t>(grid_out), videos,
-                                        threads});
+      return run(kernel,
+                 PoolPackedArgs{ptr<const void>(x), ptr<void>(y), static_cast<DType>(dtype), num_in, num_out, c,
+                                x_stride, ptr<const int64_t>(grid_in), ptr<const int64_t>(grid_out), videos, threads});
     };
   };
   m.def("pool_packed", pool(pool_packed));
@@ -177,30 +202,30 @@ PYBIND11_MODULE(_C, m) {
            int to, uintptr_t window, int64_t windows, uintptr_t center, uintptr_t cu_seqlens, int64_t sequences,
            int64_t num_out, int threads) {
           return run(adjacent_similarity,
-                     AdjacentSimilarityArgs{ptr<const void>(x), ptr<float>(y), static_cast<DType>(dtype), n, c, x_stride,
-                                            ptr<const int64_t>(grid), videos, static_cast<SimilarTo>(to),
+                     AdjacentSimilarityArgs{ptr<const void>(x), ptr<float>(y), static_cast<DType>(dtype), n, c,
+                                            x_stride, ptr<const int64_t>(grid), videos, static_cast<SimilarTo>(to),
                                             ptr<const int64_t>(window), windows, ptr<const void>(center),
                                             ptr<const int32_t>(cu_seqlens), sequences, num_out, threads});
         });
-  m.def("contour_select", [](uintptr_t x, int dtype, int64_t n, int64_t c, int64_t x_stride, uintptr_t cu_seqlens,
-                             int64_t sequences, const std::vector<int64_t>& num, uintptr_t query, int64_t max_rank,
-                             const std::vector<uintptr_t>& bases, int rule, uintptr_t index, uintptr_t distance,
-                             int threads) {
-    std::vector<const double*> basis;
-    for (const uintptr_t b : bases) basis.push_back(ptr<const double>(b));
-    return run(contour_select,
-               ContourSelectArgs{ptr<const void>(x), static_cast<DType>(dtype), n, c, x_stride,
-                                 ptr<const int32_t>(cu_seqlens), sequences, num.data(), int64_t(num.size()),
-                                 ptr<const void>(query), max_rank, basis.data(), static_cast<ContourRule>(rule),
-                                 ptr<int64_t>(index), ptr<float>(distance), threads});
-  });
+  m.def("contour_select",
+        [](uintptr_t x, int dtype, int64_t n, int64_t c, int64_t x_stride, uintptr_t cu_seqlens, int64_t sequences,
+           const std::vector<int64_t>& num, uintptr_t query, int64_t max_rank, const std::vector<uintptr_t>& bases,
+           int rule, uintptr_t index, uintptr_t distance, int threads) {
+          std::vector<const double*> basis;
+          for (const uintptr_t b : bases) basis.push_back(ptr<const double>(b));
+          return run(contour_select,
+                     ContourSelectArgs{ptr<const void>(x), static_cast<DType>(dtype), n, c, x_stride,
+                                       ptr<const int32_t>(cu_seqlens), sequences, num.data(), int64_t(num.size()),
+                                       ptr<const void>(query), max_rank, basis.data(), static_cast<ContourRule>(rule),
+                                       ptr<int64_t>(index), ptr<float>(distance), threads});
+        });
   m.def("cluster_dpc_knn", [](uintptr_t x, int dtype, int64_t n, int64_t c, int64_t x_stride, uintptr_t cu_seqlens,
                               int64_t segments, uintptr_t num_clusters, int64_t num_counts, int64_t k,
                               uintptr_t assignment, uintptr_t center, int64_t workspace, int threads) {
-    return run(cluster_dpc_knn, ClusterDpcKnnArgs{ptr<const void>(x), static_cast<DType>(dtype), n, c, x_stride,
-                                                  ptr<const int32_t>(cu_seqlens), segments,
-                                                  ptr<const int64_t>(num_clusters), num_counts, k,
-                                                  ptr<int64_t>(assignment), ptr<int64_t>(center), workspace, threads});
+    return run(cluster_dpc_knn,
+               ClusterDpcKnnArgs{ptr<const void>(x), static_cast<DType>(dtype), n, c, x_stride,
+                                 ptr<const int32_t>(cu_seqlens), segments, ptr<const int64_t>(num_clusters), num_counts,
+                                 k, ptr<int64_t>(assignment), ptr<int64_t>(center), workspace, threads});
   });
   m.def("peak_flops", [](int64_t rounds, int threads) {
     double flops = 0;

@@ -214,7 +214,8 @@ Status contour_select(const ContourSelectArgs& a) {
     return fail(Status::value, "expected num as one number or one for each of %lld sequences, got %lld",
                 (long long)a.sequences, (long long)a.num_counts);
   if (a.cu_seqlens && a.cu_seqlens[a.sequences] != a.n)
-    return fail(Status::index, "expected cu_seqlens that end at %lld, got %d", (long long)a.n, a.cu_seqlens[a.sequences]);
+    return fail(Status::index, "expected cu_seqlens that end at %lld, got %d", (long long)a.n,
+                a.cu_seqlens[a.sequences]);
   std::vector<Sequence> list;
   int64_t* index = a.index;
   int64_t before = 0;

@@ -1,13 +1,13 @@
 // Which instruction set serves, and the table of its kernels.
 #pragma once
 
+#include "cpu/adjacent_similarity.h"
 #include "cpu/attention_topk.h"
 #include "cpu/bipartite.h"
-#include "cpu/peak.h"
-#include "cpu/adjacent_similarity.h"
 #include "cpu/cluster_dpc_knn.h"
 #include "cpu/contour_select.h"
 #include "cpu/gram.h"
+#include "cpu/peak.h"
 #include "cpu/plan_apply.h"
 #include "cpu/pool_packed.h"
 #include "cpu/position_remap.h"

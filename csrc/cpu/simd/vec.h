@@ -115,7 +115,8 @@ VIDTOK_INLINE vec load(const f16* p, int n) { return {_mm512_cvtph_ps(_mm256_mas
 VIDTOK_INLINE __m256i to_bf16_bits(vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet));
@@ -123,7 +124,8 @@ VIDTOK_INLINE __m256i to_bf16_bits(vec a) {
 VIDTOK_INLINE void store(float* p, vec a) { _mm512_storeu_ps(p, a.v); }
 VIDTOK_INLINE void store(bf16* p, vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16_bits(a)); }
 VIDTOK_INLINE void store(f16* p, vec a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 VIDTOK_INLINE void store(float* p, vec a, int n) { _mm512_mask_storeu_ps(p, mask_of(n), a.v); }
 VIDTOK_INLINE void store(bf16* p, vec a, int n) { _mm256_mask_storeu_epi16(p, mask_of(n), to_bf16_bits(a)); }
@@ -175,7 +177,8 @@ VIDTOK_INLINE vec load(const f16* p, int n) {
 VIDTOK_INLINE __m128i to_bf16_bits(vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   const __m256i chosen = _mm256_blendv_epi8(rounded, quiet, nan);
