@@ -65,7 +65,7 @@ $(filter check-transformers-%,$(addprefix check-,$(CHECKS))): check-transformers
 	$(TIMED) transformers-$* 4 env $(HF_OFFLINE) scripts/with_transformers $* $(PYTHON) tests/models
 
 check-asan: venv
-	$(TIMED) asan 5 scripts/asan $(PYTHON) tests/ops
+	$(TIMED) asan 8 scripts/asan $(PYTHON) tests/ops
 
 check-tsan: venv
 	$(TIMED) tsan 2 scripts/tsan $(PYTHON)

@@ -122,7 +122,7 @@ class Importance {
   void open(int64_t b) {
     State& s = state_[b];
     s = {0, 0, false};
-    if (a_.mask != nullptr) {
+    if (a_.mask != nullptr && a_.length > 0) {
       const void* at = std::memchr(a_.mask + b * a_.length, 1, size_t(a_.length));
       s.first = at == nullptr ? a_.length : static_cast<const uint8_t*>(at) - (a_.mask + b * a_.length);
     }
@@ -227,7 +227,8 @@ Status attention_topk(const AttentionTopkArgs& args) {
   if (!importance.run()) return fail(Status::memory, "expected memory to score %lld keys", (long long)args.length);
   for (int64_t s = 0; s < args.spans; ++s) {
     const int64_t* span = args.span + 3 * s;
-    std::memcpy(args.score + chosen.before[s], importance.row(span[0]) + span[1], size_t(span[2] - span[1]) * 4);
+    if (span[2] > span[1])
+      std::memcpy(args.score + chosen.before[s], importance.row(span[0]) + span[1], size_t(span[2] - span[1]) * 4);
   }
   const int64_t groups = int64_t(chosen.groups.size());
   std::vector<int64_t> before(size_t(groups) + 1, 0);
@@ -253,7 +254,7 @@ Status attention_topk(const AttentionTopkArgs& args) {
     int64_t at = 0;
     for (const int64_t s : group.spans) {
       const int64_t tokens = args.span[3 * s + 2] - args.span[3 * s + 1];
-      std::memcpy(gathered.get() + at, args.score + chosen.before[s], size_t(tokens) * 4);
+      if (tokens > 0) std::memcpy(gathered.get() + at, args.score + chosen.before[s], size_t(tokens) * 4);
       at += tokens;
     }
     select(gathered.get(), DType::f32, n, group.keep, 0, index, work.get());

@@ -254,7 +254,7 @@ class Worker {
     for (int64_t i = 0; i < s.tokens; ++i) a_.member[offset_[output_[i]]++] = base + int32_t(i);
     for (int32_t i = m; i > 0; --i) offset_[i] = offset_[i - 1];
     offset_[0] = base;
-    std::memcpy(a_.offset + s.out, offset_, size_t(m) * 4);
+    if (m > 0) std::memcpy(a_.offset + s.out, offset_, size_t(m) * 4);
     for (int32_t i = 0; i < m; ++i) {
       const int32_t lo = offset_[i], hi = offset_[i + 1];
       float total = 0.0f;

@@ -25,7 +25,7 @@ void plan_apply_rows(const PlanApplyArgs& a, int64_t begin, int64_t end, bool st
                    after < 0 ? nullptr : reinterpret_cast<const char*>(row(after)));
         continue;
       }
-      std::memset(out, 0, size_t(bytes));
+      if (bytes > 0) std::memset(out, 0, size_t(bytes));
       continue;
     }
     first = a.offset[m];
@@ -33,7 +33,7 @@ void plan_apply_rows(const PlanApplyArgs& a, int64_t begin, int64_t end, bool st
     if (m + 1 < end)
       for (int64_t i = first + count; i < a.offset[m + 2]; ++i) prefetch_pages(row(a.member[i]), bytes);
     if (count == 0) {
-      std::memset(out, 0, size_t(bytes));
+      if (bytes > 0) std::memset(out, 0, size_t(bytes));
     } else if (count == 1 && (!a.weigh_single || a.weight[first] == 1.0f)) {
       copy_bytes(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(row(a.member[first])), bytes, streaming,
                  nullptr);

@@ -16,7 +16,7 @@ void remap_scalars(const RemapTensor& t, const int32_t* anchor, int64_t n, int64
 
 VIDTOK_INLINE void fill_bytes(char* y, const RemapTensor& t) {
   if (t.fill == 0) {
-    std::memset(y, 0, size_t(t.inner));
+    if (t.inner > 0) std::memset(y, 0, size_t(t.inner));
     return;
   }
   for (int64_t i = 0; i < t.inner; i += t.element) std::memcpy(y + i, &t.fill, size_t(t.element));

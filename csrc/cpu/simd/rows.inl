@@ -76,7 +76,8 @@ VIDTOK_INLINE void copy_bytes(char* to, const char* from, int64_t left, bool str
   (void)streaming;
   (void)next;
 #endif
-  std::memcpy(to, from, size_t(left));
+  // Rows without channels may have no address.
+  if (left > 0) std::memcpy(to, from, size_t(left));
 }
 
 // y = the sum of weight · row over the rows that `each` visits, in that order, divided by `divisor`;
