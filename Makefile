@@ -71,7 +71,7 @@ check-tsan: venv
 	$(TIMED) tsan 2 scripts/tsan $(PYTHON)
 
 check-packaging: install
-	$(TIMED) packaging 8 $(PYTEST) -m packaging tests/packaging
+	$(TIMED) packaging 10 $(PYTEST) -m packaging tests/packaging
 
 check-docs: install
 	$(TIMED) docs 2 env $(HF_OFFLINE) scripts/docs $(PYTHON)

@@ -65,8 +65,8 @@ def cluster_dpc_knn(
 
     Example:
         >>> import torch, vidtok
-        >>> vidtok.ops.cluster_dpc_knn(torch.tensor([[0.0], [0.1], [5.0]]), 2, k=2).assignment
-        tensor([0, 0, 1])
+        >>> vidtok.ops.cluster_dpc_knn(torch.tensor([[0.0], [0.1], [1.0], [1.1]]), 2, k=2).assignment
+        tensor([0, 0, 1, 1])
     """
     _check.float_tensor(x, "x", "[N, C]")
     if k < 1:
