@@ -25,7 +25,8 @@ def _segment_ids(cu_seqlens: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(ids, counts, output_size=total)
 
 
-def _offsets(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+def offsets(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """int32 ``[B+1]`` offsets of sequences of the given lengths."""
     return torch.tensor([0, *accumulate(int(n) for n in lengths)], dtype=torch.int32, device=device)
 
 
@@ -95,7 +96,7 @@ class Plan:
     @classmethod
     def identity(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Plan:
         """The plan that keeps every token of sequences of the given lengths."""
-        cu = _offsets(lengths, device)
+        cu = offsets(lengths, device)
         n = sum(int(v) for v in lengths)
         common = int(lengths[0]) if lengths and all(int(v) == int(lengths[0]) for v in lengths) else None
         index = torch.arange(n, dtype=torch.int32, device=device)
@@ -385,7 +386,7 @@ class Plan:
             index[row, width - count[row] + rank] = torch.arange(position.shape[0], device=device)
             index = index.reshape(-1)
             padded = bool((index < 0).any())
-            cu_out = _offsets([width] * rows, device)
+            cu_out = offsets([width] * rows, device)
         else:
             width, padded = None, False
             index = torch.arange(position.shape[0], device=device)

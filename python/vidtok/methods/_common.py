@@ -6,14 +6,12 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vidtok import _check
-from vidtok.plan import Plan
+from vidtok.plan import Plan, offsets
 
 Grid = tuple[int, int, int]
 GridLike = Tensor | Sequence[Sequence[int]]
@@ -117,11 +115,6 @@ def share(ratio: float, n: int) -> int:
 def common(lengths: Sequence[int]) -> int | None:
     """The one length that all sequences have, if they have one."""
     return lengths[0] if lengths and all(n == lengths[0] for n in lengths) else None
-
-
-def offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """int32 ``[B+1]`` offsets of sequences of the given lengths."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def gather(index: Tensor, lengths_in: Sequence[int], lengths_out: Sequence[int]) -> Plan:
