@@ -1,0 +1,232 @@
+"""What every Triton kernel shares: rounding grids, order keys, exact radix selection, error reports, launches."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vidtok.kernels import select
+from vidtok.kernels.cuda import device_list
+
+__all__ = [
+    "INTERPRETED", "LAUNCH", "POINTER", "Specimen", "ceil_div", "check", "choice", "cosine_steps", "device_list",
+    "error_words", "on_device", "power_of_2",
+]  # fmt: skip
+
+# Contraction is left to tl.fma and tl.dot: whether a product and a sum fuse must not depend on the compiler's
+# version, since the CPU backends compile with -ffp-contract=off and the order of two scores hangs on the last bit.
+LAUNCH = {"enable_fp_fusion": False}
+
+# Whether kernels run in Triton's interpreter, on CPU tensors.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+class Specimen(NamedTuple):
+    """One representative compilation of a kernel, for checks without a GPU."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+# ---------------------------------------------------------------------- launches
+_FIXED: dict[str, dict[str, int]] = {
+    "adjacent_similarity": {"block": 256, "num_warps": 4},
+    "attention_topk": {"split": 1024, "num_warps": 4, "num_stages": 2},
+    "bipartite": {"tile": 64, "num_warps": 4, "num_stages": 2},
+    "cluster_dpc_knn": {"tile": 64, "depth": 32, "num_warps": 4, "num_stages": 2},
+    "contour_select": {"block": 256, "num_warps": 4},
+    "plan_apply": {"block": 1024, "num_warps": 4},
+    "pool_packed": {"block": 256, "num_warps": 4},
+    "position_remap": {"block": 256, "num_warps": 4},
+    "topk_select": {"block": 1024, "num_warps": 4},
+}
+
+
+def choice(op: str, x: Tensor, shape: dict[str, int]) -> dict[str, int]:
+    """Block sizes, warps and stages for a call on the device of ``x``."""
+    return _FIXED[op]
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int, least: int = 1, most: int = 1 << 30) -> int:
+    """The smallest power of two of at least ``n``, between the two bounds."""
+    return min(max(1 << max(n - 1, 0).bit_length(), least), most)
+
+
+def cosine_steps(dtype: torch.dtype) -> float:
+    """Grid steps per unit of a cosine of this input dtype, as in the reference."""
+    return 2.0**20 if dtype == torch.float32 else 2.0**16
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes the GPU of ``x`` the current one where it is not; Triton launches on the current device's stream."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+# ---------------------------------------------------------------------- error reports
+# A kernel that meets a bad index writes (code, value, low, high); codes count from 1.
+_REPORTS: tuple[tuple[str, str, type[Exception]], ...] = (
+    ("topk_select", "keep", ValueError),
+    ("topk_select", "cu_seqlens", IndexError),
+    ("plan_apply", "anchor", IndexError),
+    ("plan_apply", "member", IndexError),
+    ("plan_apply", "offset", IndexError),
+    ("position_remap", "anchor", IndexError),
+    ("pool_packed", "grid_thw", IndexError),
+    ("adjacent_similarity", "grid_thw", IndexError),
+    ("cluster_dpc_knn", "num_clusters", ValueError),
+    ("cluster_dpc_knn", "cu_seqlens", IndexError),
+    ("contour_select", "num", ValueError),
+    ("contour_select", "cu_seqlens", IndexError),
+)
+
+
+def code_of(operator: str, name: str) -> int:
+    """Number of a report."""
+    return 1 + [r[:2] for r in _REPORTS].index((operator, name))
+
+
+class _Words:
+    def __init__(self, index: int) -> None:
+        words = torch.zeros(4, dtype=torch.int32)
+        # Pinned memory: a kernel writes to it only when an index is bad, and the host reads it without a sync.
+        self.tensor = words if index < 0 else words.pin_memory()
+        self.view = memoryview(self.tensor.numpy())
+
+
+@lru_cache(maxsize=64)
+def _words(index: int) -> _Words:
+    return _Words(index)
+
+
+def _raise(words: _Words, late: bool) -> None:
+    code, value, low, high = words.view.tolist()
+    for i in range(4):
+        words.view[i] = 0
+    operator, name, error = _REPORTS[code - 1]
+    when = "an earlier call of " if late else ""
+    raise error(f"{when}{operator}: expected {name} in [{low}, {high}), got {value}")
+
+
+def error_words(x: Tensor) -> Tensor:
+    """Where kernels on the device of ``x`` report bad indices; raises what an earlier kernel reported."""
+    words = _words(x.get_device())
+    if words.view[0]:
+        _raise(words, late=True)
+    return words.tensor
+
+
+def check(x: Tensor) -> None:
+    """In the interpreter, raise what the kernels just launched have reported."""
+    if not x.is_cuda:
+        words = _words(x.get_device())
+        if words.view[0]:
+            _raise(words, late=False)
+
+
+def raise_pending(index: int) -> None:
+    """Raise what kernels on a GPU have reported; call it after a sync."""
+    words = _words(index)
+    if words.view[0]:
+        _raise(words, late=True)
+
+
+@triton.jit
+def report(error, code: tl.constexpr, value, low, high, bad):
+    """Write a report where the scalar ``bad`` holds; the first word last, so that the host never reads half of it."""
+    tl.store(error + 1, value.to(tl.int32), mask=bad)
+    tl.store(error + 2, low.to(tl.int32), mask=bad)
+    tl.store(error + 3, high.to(tl.int32), mask=bad)
+    tl.store(error, code, mask=bad)
+
+
+@triton.jit
+def report_any(error, code: tl.constexpr, value, low, high, bad):
+    """Write a report for the largest of the values of a block where ``bad`` holds."""
+    worst = tl.max(tl.where(bad, value.to(tl.int64), -(2**62)), axis=0)
+    report(error, code, worst, low, high, worst > -(2**62))
+
+
+# ---------------------------------------------------------------------- rounding grids
+@triton.jit
+def rint(x):
+    """Round half to even for |x| ≤ 2²²; NaN stays."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def clamp_unit(x):
+    """Clamp to [−1, 1]; NaN stays."""
+    x = tl.where(x > 1.0, 1.0, x)
+    return tl.where(x < -1.0, -1.0, x)
+
+
+@triton.jit
+def round_cosine(cosine, STEPS: tl.constexpr):
+    """Clamp to [−1, 1] and round to multiples of 1/STEPS; NaN stays."""
+    return rint(clamp_unit(cosine) * STEPS) * (1.0 / STEPS)
+
+
+@triton.jit
+def cosine_key(cosine, STEPS: tl.constexpr):
+    """The rounded cosine in grid steps as int32; NaN becomes −STEPS − 1, below every number."""
+    steps = rint(clamp_unit(cosine) * STEPS)
+    nan = steps != steps
+    return tl.where(nan, -STEPS - 1.0, steps).to(tl.int32)
+
+
+@triton.jit
+def round_16_bits(x):
+    """Round fp32 of at least 0 to 16 significant bits, half to even; NaN and infinity stay."""
+    # Subnormal numbers have fewer bits left of the cut: they are brought up by 2²⁴ and back, both exact.
+    small = x < 1.1754943508222875e-38
+    bits = tl.where(small, x * 16777216.0, x).to(tl.int32, bitcast=True)
+    rounded = ((bits + 127 + ((bits >> 8) & 1)) & -256).to(tl.float32, bitcast=True)
+    rounded = tl.where(small, rounded * 5.9604644775390625e-08, rounded)
+    return tl.where(x < float("inf"), rounded, x)
+
+
+@triton.jit
+def inverse_norm(squared):
+    """1/√squared, 0 for 0, NaN for NaN and infinity; rounded as the reference rounds it."""
+    inverse = tl.where(squared == 0.0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(squared)))
+    return tl.where(squared < float("inf"), inverse, float("nan"))
+
+
+# ---------------------------------------------------------------------- order
+@triton.jit
+def order_key(score):
+    """Score as int64 in [0, 2³²) of the same order: larger is better, −0 equals 0, NaN is 0 and last."""
+    x = score.to(tl.float32)
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    # Negative numbers: flip all bits; others: set the top bit. −inf keeps a key above 0.
+    key = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.int64) & 0xFFFFFFFF
+    return tl.where(x != x, 0, key)
+
+
+@triton.jit
+def best_digit(histogram, wanted, BINS: tl.constexpr):
+    """(digit that holds the ``wanted``-th best, how many are above that digit)."""
+    bins = tl.arange(0, BINS)
+    from_here = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0) + histogram
+    digit = tl.max(tl.where(from_here >= wanted, bins, 0), axis=0)
+    above = tl.sum(tl.where(bins > digit, histogram, 0), axis=0)
+    return digit, above
