@@ -15,6 +15,7 @@ enum class Status : int {
   index = 1,   // an index from outside points beyond its data
   memory = 2,  // the workspace could not be allocated
   value = 3,   // a number outside its range
+  launch = 4,  // a kernel did not start, or the host run found it faulty
 };
 
 // Keeps a sentence for the calling thread and returns the status, so that a kernel may

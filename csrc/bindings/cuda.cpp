@@ -1,0 +1,116 @@
+// The Python module of the CUDA kernels, and of the same kernels compiled for the host: pointers, sizes and a
+// stream in, a status out. Nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cuda/plan_apply.h"
+#include "cuda/report.h"
+#if defined(VIDTOK_HOST)
+#include "cuda/host/host.h"
+#endif
+
+namespace py = pybind11;
+using namespace vidtok;
+
+namespace {
+
+template <class T>
+T* ptr(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+cuda::Launch launch(uintptr_t stream, uintptr_t error, int sm, int sms) {
+  return {ptr<void>(stream), ptr<int32_t>(error), sm, sms};
+}
+
+PlanApplyArgs plan_apply_args(uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t m, int64_t c, int64_t x_stride,
+                              uintptr_t anchor, uintptr_t member, uintptr_t offset, uintptr_t weight, int64_t nnz) {
+  return {ptr<const void>(x),
+          ptr<void>(y),
+          static_cast<DType>(dtype),
+          n,
+          m,
+          c,
+          x_stride,
+          ptr<const int32_t>(anchor),
+          ptr<const int32_t>(member),
+          ptr<const int32_t>(offset),
+          ptr<const float>(weight),
+          nnz,
+          0};
+}
+
+std::vector<int> numbers(const std::string& list) {
+  std::vector<int> out;
+  for (size_t at = 0; at < list.size();) {
+    size_t used = 0;
+    out.push_back(std::stoi(list.substr(at), &used));
+    at += used + 1;
+  }
+  return out;
+}
+
+py::dict build_info() {
+  py::dict out;
+#if defined(VIDTOK_HOST)
+  out["host"] = true;
+  out["sms"] = std::vector<int>{VIDTOK_HOST};
+  out["ptx"] = std::vector<int>{};
+  out["compiler"] = __VERSION__;
+#else
+  out["host"] = false;
+  out["sms"] = numbers(VIDTOK_CUDA_SMS);
+  out["ptx"] = numbers(VIDTOK_CUDA_PTX);
+  out["compiler"] = VIDTOK_CUDA_COMPILER;
+#endif
+  return out;
+}
+
+py::tuple last_error(int status) {
+  const Status kind = static_cast<Status>(status);
+  const char* name = kind == Status::index    ? "index"
+                     : kind == Status::value  ? "value"
+                     : kind == Status::memory ? "memory"
+                                              : "launch";
+  return py::make_tuple(name, last_message());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of vidtok.";
+  m.def("build_info", &build_info);
+  m.def("last_error", &last_error);
+  m.def("report_name", [](int code) {
+    const cuda::ReportName name = cuda::report_name(code);
+    return py::make_tuple(name.op, name.list);
+  });
+#if defined(VIDTOK_HOST)
+  m.def("set_order", &host::set_order);
+#endif
+  // Every call: its arguments, the choice of the tuning table, then the launch (stream, error, sm, sms).
+  m.def("plan_apply", [](uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t rows, int64_t c, int64_t x_stride,
+                         uintptr_t anchor, uintptr_t member, uintptr_t offset, uintptr_t weight, int64_t nnz,
+                         int threads, int vectors, uintptr_t stream, uintptr_t error, int sm, int sms) {
+    return int(cuda::plan_apply(
+        plan_apply_args(x, y, dtype, n, rows, c, x_stride, anchor, member, offset, weight, nnz), {threads, vectors},
+        launch(stream, error, sm, sms)));
+  });
+  m.def("plan_apply_backward_workspace", [](int64_t n, int64_t rows, bool gather, int64_t nnz) {
+    PlanApplyArgs args{};
+    const int32_t some = 0;
+    args.n = n, args.m = rows, args.nnz = nnz, args.member = gather ? nullptr : &some;
+    return cuda::plan_apply_backward_workspace(args);
+  });
+  m.def("plan_apply_backward",
+        [](uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t rows, int64_t c, int64_t x_stride, uintptr_t anchor,
+           uintptr_t member, uintptr_t offset, uintptr_t weight, int64_t nnz, uintptr_t workspace, int threads,
+           int vectors, uintptr_t stream, uintptr_t error, int sm, int sms) {
+          return int(cuda::plan_apply_backward(
+              plan_apply_args(x, y, dtype, n, rows, c, x_stride, anchor, member, offset, weight, nnz),
+              ptr<void>(workspace), {threads, vectors}, launch(stream, error, sm, sms)));
+        });
+}

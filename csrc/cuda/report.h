@@ -1,0 +1,33 @@
+#pragma once
+
+namespace vidtok::cuda {
+
+// One number per list that a caller may get wrong.
+enum class Report : int {
+  none = 0,
+  plan_apply_anchor,
+  plan_apply_member,
+  plan_apply_offset,
+  position_remap_anchor,
+  pool_packed_grid,
+  adjacent_similarity_grid,
+  adjacent_similarity_window,
+  adjacent_similarity_cu_seqlens,
+  topk_select_cu_seqlens,
+  attention_topk_span,
+  attention_topk_group,
+  bipartite_cu_seqlens,
+  cluster_dpc_knn_cu_seqlens,
+  cluster_dpc_knn_num_clusters,
+  contour_select_cu_seqlens,
+  count
+};
+
+// The operator and the list that a kernel's report is about.
+struct ReportName {
+  const char* op;
+  const char* list;
+};
+ReportName report_name(int code);
+
+}  // namespace vidtok::cuda
