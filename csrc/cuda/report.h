@@ -23,11 +23,13 @@ enum class Report : int {
   count
 };
 
+#if !defined(__CUDACC_RTC__)
 // The operator and the list that a kernel's report is about.
 struct ReportName {
   const char* op;
   const char* list;
 };
 ReportName report_name(int code);
+#endif
 
 }  // namespace vidtok::cuda

@@ -60,9 +60,11 @@ struct Same<A, A> {
 template <class To, class From>
 VIDTOK_DEVICE To bits_as(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "a cast of bits keeps the size");
-  To to;
-  __builtin_memcpy(&to, &from, sizeof to);
-  return to;
+  union {
+    From from;
+    To to;
+  } both = {from};
+  return both.to;
 }
 
 template <class T>

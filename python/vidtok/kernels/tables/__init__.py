@@ -11,67 +11,61 @@ only, never on batch size, rows or the running GPU's SM count; the others may fo
 from __future__ import annotations
 
 import contextlib
-import importlib
-import json
-import logging
-import os
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
+from vidtok.kernels.tables import _files
+from vidtok.kernels.tables._files import Entry, Table, key
 from vidtok.kernels.tables._model import Candidate, Knobs
+from vidtok.kernels.tables._operators import BACKENDS, DTYPES, OPERATORS, backends, dtypes, module, named_dtype, shapes
 from vidtok.kernels.tables.gpus import GPUS, Gpu, nearest
 
-__all__ = ["BACKENDS", "GPUS", "OPERATORS", "Candidate", "Entry", "Gpu", "best", "choose", "entry", "forced", "module"]
-
-logger = logging.getLogger("vidtok")
-
-BACKENDS = ("cuda", "triton")
-OPERATORS = (
-    "adjacent_similarity",
-    "attention_topk",
-    "bipartite",
-    "cluster_dpc_knn",
-    "contour_select",
-    "plan_apply",
-    "pool_packed",
-    "position_remap",
-    "topk_select",
-)
-FORMAT = 1
+__all__ = [
+    "BACKENDS", "DTYPES", "GPUS", "OPERATORS", "Candidate", "Entry", "Gpu", "backends", "choose", "dtypes", "entry",
+    "forced", "module", "nearest", "reload", "resolve", "shapes",
+]  # fmt: skip
 
 
-class Entry(NamedTuple):
-    """What a table says: knobs, what limits them, and ``modelled`` or ``measured on <GPU>``."""
+def resolve(
+    backend: str, op: str, gpu: Gpu, dtype: str, shape: Mapping[str, int], layers: tuple[Table, ...] = ()
+) -> Entry:
+    """The choice on a shape, from the first of ``layers`` that has it, else from the model. A pure function.
 
-    knobs: Knobs
-    limit: str
-    source: str
-    seconds: float
-
-
-def module(op: str) -> ModuleType:
-    """The file of one operator."""
-    if op not in OPERATORS:
-        raise ValueError(f"expected an operator among {', '.join(OPERATORS)}, got {op}")
-    return importlib.import_module(f"vidtok.kernels.tables.{op}")
-
-
-def best(backend: str, op: str, gpu: Gpu, dtype: str, shape: Mapping[str, int]) -> Entry:
-    """The model's choice on a shape: the knobs that change bits from the frozen shape, the others with these fixed.
+    Knobs that change bits are settled first, on the operator's frozen shape; then the others, with these fixed.
 
     Raises:
         ValueError: no candidate fits.
     """
     own = module(op)
-    bits = own.BITS[backend]
-    fixed: Knobs = {}
-    if bits:
-        knobs = _fastest(own, backend, op, gpu, dtype, own.frozen(shape), {}).knobs
-        fixed = {name: knobs[name] for name in bits}
-    return _fastest(own, backend, op, gpu, dtype, own.bucket(shape), fixed)
+    fixed, source = frozen(backend, op, gpu, dtype, shape, layers)
+    bucket = own.bucket(shape)
+    at = key(backend, op, dtype, bucket)
+    for layer in layers:
+        found = layer.entries.get(at)
+        if found is not None and all(found.knobs[name] == value for name, value in fixed.items()):
+            return found
+    found = _fastest(own, backend, op, gpu, dtype, bucket, fixed)
+    if source != "modelled":
+        found = found._replace(source=f"modelled, {' and '.join(sorted(fixed))} {source}")
+    return found
+
+
+def frozen(
+    backend: str, op: str, gpu: Gpu, dtype: str, shape: Mapping[str, int], layers: tuple[Table, ...] = ()
+) -> tuple[Knobs, str]:
+    """The knobs that change bits, and where they come from."""
+    own = module(op)
+    if not own.BITS[backend]:
+        return {}, "modelled"
+    canonical = own.frozen(shape)
+    at = key(backend, op, dtype, canonical)
+    for layer in layers:
+        found = layer.frozen.get(at)
+        if found is not None:
+            return found.knobs, found.source
+    knobs = _fastest(own, backend, op, gpu, dtype, canonical, {}).knobs
+    return {name: value for name, value in knobs.items() if name in own.BITS[backend]}, "modelled"
 
 
 def _fastest(
@@ -111,27 +105,28 @@ def choose(backend: str, op: str, sm: int, dtype: str, shape: Mapping[str, int])
     Raises:
         ValueError: an unknown name, a shape with other extents, or nothing that fits.
     """
-    key = (backend, op, sm, dtype, *shape.values())
-    knobs = _chosen.get(key)
+    at = (backend, op, sm, dtype, *shape.values())
+    knobs = _chosen.get(at)
     if knobs is None:
         if len(_chosen) >= 8192:
             _chosen.clear()
-        knobs = _chosen[key] = entry(backend, op, sm, dtype, shape).knobs
+        knobs = _chosen[at] = entry(backend, op, sm, dtype, shape).knobs
     return knobs
 
 
 def entry(backend: str, op: str, sm: int, dtype: str, shape: Mapping[str, int]) -> Entry:
     """What :func:`choose` answers, with its limit and source."""
     own = module(op)
-    if tuple(shape) != own.SHAPE:
-        raise ValueError(f"{op}: expected the extents {', '.join(own.SHAPE)}, got {', '.join(shape)}")
     if backend not in BACKENDS:
         raise ValueError(f"expected a backend among {', '.join(BACKENDS)}, got {backend}")
-    forced = _forced.get((backend, op))
-    if forced is not None:
-        return Entry(forced, "", "forced", 0.0)
-    gpu = GPUS[nearest(sm)]
-    return best(backend, op, gpu, dtype, shape)
+    if tuple(shape) != own.SHAPE:
+        raise ValueError(f"{op}: expected the extents {', '.join(own.SHAPE)}, got {', '.join(shape)}")
+    knobs = _forced.get((backend, op))
+    if knobs is not None:
+        return Entry(knobs, "", "forced", 0.0)
+    near = nearest(sm)
+    layers = (_files.user(sm), _files.shipped(near))
+    return resolve(backend, op, GPUS[near], named_dtype(op, dtype), shape, layers)
 
 
 @contextlib.contextmanager
@@ -143,7 +138,14 @@ def forced(backend: str, op: str, knobs: Knobs) -> Iterator[None]:
     try:
         yield
     finally:
-        _forced.pop((backend, op))
+        del _forced[(backend, op)]
         if before is not None:
             _forced[(backend, op)] = before
         _chosen.clear()
+
+
+def reload() -> None:
+    """Read the files anew at the next question: a table was written, or ``VIDTOK_TUNING`` changed."""
+    _files.user.cache_clear()
+    _files.shipped.cache_clear()
+    _chosen.clear()

@@ -147,18 +147,23 @@ def listed(
     """Every combination, each with why it is ruled out or what limits it."""
     out = []
     for chosen in spread(knobs):
-        if gpu.sm < 80 and dtype == "bfloat16":
-            out.append(Candidate(chosen, f"sm_{gpu.sm} has no bfloat16 arithmetic, sm_80 is the first that has", ""))
-            continue
         launches = works(chosen)
-        why = launches if isinstance(launches, str) else next(filter(None, (obstacle(gpu, w) for w in launches)), None)
-        if why is not None or isinstance(launches, str):
-            out.append(Candidate(chosen, why, ""))
-        else:
+        why = misfit(gpu, dtype, launches)
+        bound = ""
+        if why is None and not isinstance(launches, str):
             # The launch that takes longest says what limits the call.
-            slowest = max(launches, key=lambda w: launch_seconds(gpu, w))
-            out.append(Candidate(chosen, None, limit(gpu, slowest)))
+            bound = limit(gpu, max(launches, key=lambda work: launch_seconds(gpu, work)))
+        out.append(Candidate(chosen, why, bound))
     return out
+
+
+def misfit(gpu: Gpu, dtype: str, works: Works) -> str | None:
+    """Why a call's launches do not fit a GPU, in numbers; None where they do."""
+    if gpu.sm < 80 and dtype == "bfloat16":
+        return f"sm_{gpu.sm} has no bfloat16 arithmetic, sm_80 is the first that has"
+    if isinstance(works, str):
+        return works
+    return next(filter(None, (obstacle(gpu, work) for work in works)), None)
 
 
 Launches = Callable[[str, Gpu, str, Shape, Knobs], Works]

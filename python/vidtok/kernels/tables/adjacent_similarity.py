@@ -12,11 +12,11 @@ from vidtok.kernels.tables._model import CYCLE, LATENCY, Knobs, Shape, Work, Wor
 from vidtok.kernels.tables.gpus import Gpu
 
 SHAPE = ("tokens", "channels")
-KNOBS = {
+KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {"warps": (4, 1, 2, 8)},
     "triton": {"block": (1024, 256, 512, 2048, 4096), "num_warps": (4, 1, 2, 8)},
 }
-BITS = {"cuda": frozenset({"warps"}), "triton": frozenset({"block", "num_warps"})}
+BITS: dict[str, frozenset[str]] = {"cuda": frozenset({"warps"}), "triton": frozenset({"block", "num_warps"})}
 TOKENS = 8192  # on which every knob is chosen
 SHAPES = [{"tokens": TOKENS, "channels": c} for c in (512, 1024, 2048, 4096, 8192)]
 

@@ -15,11 +15,11 @@ from vidtok.kernels.tables._model import BARRIER, CYCLE, LATENCY, Knobs, Shape, 
 from vidtok.kernels.tables.gpus import Gpu
 
 SHAPE = ("length", "q_heads", "kv_heads", "dim", "rows")
-KNOBS = {
+KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {"split": (256, 64, 128, 512, 1024), "warps": (4, 1, 2, 8)},
     "triton": {"split": (256, 64, 128, 512, 1024), "num_warps": (4, 1, 2, 8), "num_stages": (2, 1, 3, 4)},
 }
-BITS = {"cuda": frozenset({"split", "warps"}), "triton": frozenset({"split", "num_warps"})}
+BITS: dict[str, frozenset[str]] = {"cuda": frozenset({"split", "warps"}), "triton": frozenset({"split", "num_warps"})}
 SHAPES = [
     {"length": n, "q_heads": 28, "kv_heads": 4, "dim": 128, "rows": rows}
     for n, rows in ((1024, 1), (8192, 1), (32768, 1), (65536, 1), (8192, 16), (32768, 64))

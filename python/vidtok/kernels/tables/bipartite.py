@@ -15,11 +15,11 @@ from vidtok.kernels.tables._model import CYCLE, LATENCY, Knobs, Shape, Work, Wor
 from vidtok.kernels.tables.gpus import Gpu
 
 SHAPE = ("batch", "tokens", "dim", "channels", "heads")
-KNOBS = {
+KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {"one_block": (0, 1), "tile": (64, 32, 128), "warps": (4, 1, 2, 8)},
     "triton": {"tile": (64, 32, 128), "num_warps": (4, 1, 2, 8), "num_stages": (2, 1, 3, 4)},
 }
-BITS = {"cuda": frozenset({"warps"}), "triton": frozenset({"num_warps"})}
+BITS: dict[str, frozenset[str]] = {"cuda": frozenset({"warps"}), "triton": frozenset({"num_warps"})}
 MOST_IN_ONE = 260
 SHAPES = [
     {"batch": b, "tokens": t, "dim": 64, "channels": c, "heads": 1}

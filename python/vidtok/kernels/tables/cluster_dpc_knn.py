@@ -14,11 +14,11 @@ from vidtok.kernels.tables._model import CYCLE, LATENCY, Knobs, Shape, Work, Wor
 from vidtok.kernels.tables.gpus import Gpu
 
 SHAPE = ("segments", "longest", "channels")
-KNOBS = {
+KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {"tile": (64, 32, 128), "warps": (4, 1, 2, 8), "stages": (2, 1, 3, 4)},
     "triton": {"tile": (64, 32, 128), "depth": (64, 32, 128), "num_warps": (4, 2, 8), "num_stages": (2, 1, 3, 4)},
 }
-BITS = {"cuda": frozenset({"warps"}), "triton": frozenset({"depth", "num_warps"})}
+BITS: dict[str, frozenset[str]] = {"cuda": frozenset({"warps"}), "triton": frozenset({"depth", "num_warps"})}
 SHAPES = [
     {"segments": s, "longest": n, "channels": 4096} for s, n in ((1, 32), (8, 256), (32, 256), (32, 512), (32, 1024))
 ] + [{"segments": 32, "longest": 256, "channels": 1024}]

@@ -13,11 +13,11 @@ from vidtok.kernels.tables._model import CYCLE, LATENCY, Knobs, Shape, Work, Wor
 from vidtok.kernels.tables.gpus import Gpu
 
 SHAPE = ("sequences", "longest", "rank", "channels")
-KNOBS = {
+KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {"threads": (256, 128, 512, 1024)},
     "triton": {"block": (64, 32, 128), "num_warps": (4, 1, 2, 8)},
 }
-BITS = {"cuda": frozenset({"threads"}), "triton": frozenset({"block", "num_warps"})}
+BITS: dict[str, frozenset[str]] = {"cuda": frozenset({"threads"}), "triton": frozenset({"block", "num_warps"})}
 CANONICAL = {"sequences": 4, "longest": 1024}
 SHAPES = [{**CANONICAL, "rank": 64, "channels": c} for c in (1024, 2048, 4096)]
 

@@ -14,7 +14,7 @@ from vidtok.kernels.tables.plan_apply import frozen as frozen
 from vidtok.kernels.tables.plan_apply import moved
 
 SHAPE = ("rows", "channels", "itemsize")
-KNOBS = {
+KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {"threads": (128, 256, 512, 1024), "vectors": (1, 2, 4)},
     "triton": {"block": (512, 1024, 2048, 4096), "num_warps": (4, 1, 2, 8)},
 }

@@ -11,7 +11,7 @@ from vidtok.kernels.tables._model import LATENCY, Knobs, Shape, Work, Works, cei
 from vidtok.kernels.tables.gpus import Gpu
 
 SHAPE = ("rows", "tensors", "bytes")
-KNOBS = {
+KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {"threads": (256, 128, 512, 1024)},
     "triton": {"block": (256, 128, 512, 1024), "num_warps": (4, 1, 2, 8)},
 }

@@ -12,7 +12,7 @@ from vidtok.kernels.tables._model import CYCLE, LATENCY, Knobs, Shape, Work, Wor
 from vidtok.kernels.tables.gpus import Gpu
 
 SHAPE = ("segments", "longest")
-KNOBS = {
+KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {"threads": (256, 128, 512, 1024)},
     "triton": {"block": (1024, 256, 512, 2048, 4096), "num_warps": (4, 1, 2, 8)},
 }

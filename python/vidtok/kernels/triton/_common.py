@@ -16,8 +16,8 @@ from vidtok.kernels import select
 from vidtok.kernels.cuda import device_list
 
 __all__ = [
-    "INTERPRETED", "LAUNCH", "POINTER", "Specimen", "ceil_div", "check", "choice", "cosine_steps", "device_list",
-    "error_words", "on_device", "power_of_2",
+    "INTERPRETED", "LAUNCH", "POINTER", "Specimen", "below_2_31", "ceil_div", "check", "choice", "code_of",
+    "cosine_steps", "device_list", "error_words", "on_device", "power_of_2",
 ]  # fmt: skip
 
 # Contraction is left to tl.fma and tl.dot: whether a product and a sum fuse must not depend on the compiler's
@@ -26,6 +26,23 @@ LAUNCH = {"enable_fp_fusion": False}
 
 # Whether kernels run in Triton's interpreter, on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def _mend_interpreter() -> None:
+    """numpy 2.4 turns no array of one element into an int, and the interpreter's loops over run-time bounds do."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = mended
+
+
+if INTERPRETED:
+    _mend_interpreter()
 
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
@@ -62,6 +79,12 @@ def choice(op: str, x: Tensor, shape: dict[str, int]) -> dict[str, int]:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def below_2_31(n: int, what: str) -> None:
+    """Refuse counts that int32 cannot hold."""
+    if n >= 2**31:
+        raise ValueError(f"expected fewer than 2147483648 {what}, got {n}")
 
 
 def power_of_2(n: int, least: int = 1, most: int = 1 << 30) -> int:
@@ -214,12 +237,19 @@ def inverse_norm(squared):
 # ---------------------------------------------------------------------- order
 @triton.jit
 def order_key(score):
-    """Score as int64 in [0, 2³²) of the same order: larger is better, −0 equals 0, NaN is 0 and last."""
-    x = score.to(tl.float32)
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    """Score as uint32 of the same order (16 bits for a 16-bit score): larger is better, −0 equals 0, NaN is 0, last."""
     # Negative numbers: flip all bits; others: set the top bit. −inf keeps a key above 0.
-    key = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.int64) & 0xFFFFFFFF
-    return tl.where(x != x, 0, key)
+    if score.dtype.primitive_bitwidth == 32:
+        bits = score.to(tl.int32, bitcast=True)
+        key = tl.where(bits < 0, ~bits, bits | -2147483648)
+        zero = -2147483648
+    else:
+        bits = score.to(tl.int16, bitcast=True).to(tl.int32)
+        key = tl.where(bits < 0, ~bits, bits | 0x8000) & 0xFFFF
+        zero = 0x8000
+    x = score.to(tl.float32)
+    key = tl.where(x == 0.0, zero, key)
+    return tl.where(x != x, 0, key).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
