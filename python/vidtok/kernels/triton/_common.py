@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidtok.kernels import select
+from vidtok.kernels import select, tables
 from vidtok.kernels.cuda import device_list
 
 __all__ = [
@@ -44,6 +45,7 @@ def _mend_interpreter() -> None:
 if INTERPRETED:
     _mend_interpreter()
 
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
@@ -59,22 +61,10 @@ class Specimen(NamedTuple):
 
 
 # ---------------------------------------------------------------------- launches
-_FIXED: dict[str, dict[str, int]] = {
-    "adjacent_similarity": {"block": 256, "num_warps": 4},
-    "attention_topk": {"split": 1024, "num_warps": 4, "num_stages": 2},
-    "bipartite": {"tile": 64, "num_warps": 4, "num_stages": 2},
-    "cluster_dpc_knn": {"tile": 64, "depth": 32, "num_warps": 4, "num_stages": 2},
-    "contour_select": {"block": 256, "num_warps": 4},
-    "plan_apply": {"block": 1024, "num_warps": 4},
-    "pool_packed": {"block": 256, "num_warps": 4},
-    "position_remap": {"block": 256, "num_warps": 4},
-    "topk_select": {"block": 1024, "num_warps": 4},
-}
-
-
 def choice(op: str, x: Tensor, shape: dict[str, int]) -> dict[str, int]:
-    """Block sizes, warps and stages for a call on the device of ``x``."""
-    return _FIXED[op]
+    """Block sizes, warps and stages for a call on the device of ``x``, from the tables."""
+    sm = select.sm_of(x.get_device()) if x.is_cuda else int(os.environ.get("VIDTOK_CUDA_SM") or 80)
+    return tables.choose("triton", op, sm, _NAMES.get(x.dtype) or str(x.dtype).removeprefix("torch."), shape)
 
 
 def ceil_div(a: int, b: int) -> int:
