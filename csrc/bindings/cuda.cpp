@@ -10,6 +10,7 @@
 #include "cuda/report.h"
 #if defined(VIDTOK_HOST)
 #include "cuda/host/host.h"
+#include "cuda/host/samples.h"
 #endif
 
 namespace py = pybind11;
@@ -90,6 +91,14 @@ PYBIND11_MODULE(_cuda, m) {
   });
 #if defined(VIDTOK_HOST)
   m.def("set_order", &host::set_order);
+  m.def("run_sample", [](const std::string& sample, uintptr_t x, uintptr_t out, int n, uintptr_t stream,
+                         uintptr_t error, int sm, int sms) {
+    return int(host::run_sample(sample.c_str(), ptr<const float>(x), ptr<float>(out), n,
+                                launch(stream, error, sm, sms)));
+  });
+  m.def("switch_fibers", [](int64_t rounds, uintptr_t stream, uintptr_t error, int sm, int sms) {
+    return int(host::switch_fibers(rounds, launch(stream, error, sm, sms)));
+  });
 #endif
   // Every call: its arguments, the choice of the tuning table, then the launch (stream, error, sm, sms).
   m.def("plan_apply", [](uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t rows, int64_t c, int64_t x_stride,
