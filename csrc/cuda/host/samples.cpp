@@ -7,10 +7,7 @@
 #include "cuda/tile/launch.h"
 #include "cuda/tile/vec.h"
 
-namespace vidtok::host {
-
-using namespace vidtok::cuda;
-
+namespace vidtok::cuda {
 namespace {
 
 // ---------------------------------------------------------------- legal
@@ -196,14 +193,19 @@ constexpr Sample kSamples[] = {
 };
 
 }  // namespace
+}  // namespace vidtok::cuda
 
-Status run_sample(const char* sample, const float* x, float* out, int n, const Launch& on) {
-  for (const Sample& s : kSamples)
+namespace vidtok::host {
+
+Status run_sample(const char* sample, const float* x, float* out, int n, const cuda::Launch& on) {
+  for (const auto& s : cuda::kSamples)
     if (std::strcmp(s.name, sample) == 0)
-      return launch_kernel(s.name, s.kernel, 1, n, carved<float>(n), on, x, out, n);
+      return cuda::launch_kernel(s.name, s.kernel, 1, n, cuda::carved<float>(n), on, x, out, n);
   return fail(Status::value, "expected the name of a sample, got %s", sample);
 }
 
-Status switch_fibers(int64_t rounds, const Launch& on) { return VIDTOK_LAUNCH(switch_kernel, 1, kWarp, 0, on, rounds); }
+Status switch_fibers(int64_t rounds, const cuda::Launch& on) {
+  return VIDTOK_LAUNCH(cuda::switch_kernel, 1, cuda::kWarp, 0, on, rounds);
+}
 
 }  // namespace vidtok::host

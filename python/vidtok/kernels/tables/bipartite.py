@@ -43,7 +43,7 @@ def bucket(shape: Shape) -> dict[str, int]:
 
 def frozen(shape: Shape) -> dict[str, int]:
     """The shape that knobs which change bits are chosen on: the same ``dim`` in 32 sequences of 1024 tokens."""
-    return {**CANONICAL, "dim": bucket(shape)["dim"]}
+    return {name: CANONICAL.get(name, bucket(shape)[name]) for name in SHAPE}
 
 
 def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Works:
