@@ -158,7 +158,7 @@ def synchronize(device: torch.device | int | None = None) -> None:
 
 def workspace(x: Tensor, nbytes: int) -> Tensor | None:
     """Scratch memory from torch's allocator on the device of ``x``; None for 0 bytes."""
-    return torch.empty(nbytes, dtype=torch.uint8, device=x.device) if nbytes else None
+    return x.new_empty(nbytes, dtype=torch.uint8) if nbytes else None
 
 
 @lru_cache(maxsize=4096)
