@@ -3,9 +3,10 @@ combines the pieces and one selects.
 
 Bytes: keys once, logits in fp32 written and read once. The query rows of a group share the keys; they are padded to
 16 for tensor cores (fp32 inputs use FMA). Small pieces fill more SMs and leave more partial sums to combine, which
-one block per head does in series; large pieces leave SMs idle. Shared memory: ``stages`` tiles of 64 keys, and 16
-fp32 logits per key of the piece. ``split`` and the warps cut the softmax sums, so they change bits and are chosen
-on the length, heads and dimension with one query row; pipeline stages do not.
+one block per head does in series; large pieces leave SMs idle. Shared memory: ``stages`` tiles of 64 keys (fewer
+where the dimension is large), the queries, and 16 fp32 logits per key of the piece. ``split`` and the warps cut the
+softmax sums, so they change bits and are chosen on the length, heads and dimension with one query row; pipeline
+stages do not.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Wor
     queries = max(1, shape["q_heads"] // kv) * shape["rows"]
     groups = ceil(queries, 16)
     pieces = ceil(length, split)
-    tile = 64 * dim * item
-    tiles = ceil(split, 64)
+    step = 64 if dim * item <= 512 else 32 if dim * item <= 1024 else 8
+    tile = step * dim * item
+    tiles = ceil(split, step)
     keys, logits = kv * length * dim * item, 4 * kv * queries * length
     flops = 2.0 * 16 * groups * kv * pieces * split * dim
     # A tile of keys is waited for unless the stages before it cover its way from memory.
@@ -60,14 +62,14 @@ def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Wor
     score = Work(
         blocks=kv * pieces * groups,
         threads=threads,
-        registers=48 + ceil(16 * 64, threads) + (0 if tensor else 16),
+        registers=48 + ceil(16 * step, threads) + (0 if tensor else 16),
         shared=stages * tile + 4 * 16 * split + 16 * dim * item,
         bytes=keys + logits,
         flight=stages * tile / threads,
         l2=float(keys * groups + logits),
         flops=flops,
         tensor=tensor,
-        chain=wait + tiles * (2 * barrier(threads) + 64 / warps * CYCLE) + 10 * BARRIER,
+        chain=wait + tiles * (2 * barrier(threads) + step / warps * CYCLE) + 10 * BARRIER,
         name="the score kernel",
     )
     combine = Work(

@@ -101,7 +101,7 @@ def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Wor
         blocks=batch * ceil(tokens, 32),
         threads=256,
         registers=40,
-        shared=8 * half,
+        shared=min(8 * half, 32768),
         bytes=x,
         flight=32.0,
         chain=3 * LATENCY + log * (log + 1) / 2 * (ceil(half, 256) * 8 * CYCLE + barrier(256)),

@@ -51,6 +51,8 @@ def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Wor
     held = rank * rank * 4 + 8 * (n + rank)
     if backend == "triton":
         held = rank * rank * 4 + knobs["block"] * rank * 4
+    if held > gpu.shared_block:  # the covariance stays in the workspace
+        held = 8 * (n + rank)
     fma = 2.0 * n * rank * rank + rank**3 / 3 + 1.0 * n * rank * rank
     solve = Work(
         blocks=sequences,
