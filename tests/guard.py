@@ -58,7 +58,9 @@ def map_tensors(value: Any, fn: Any) -> Any:
 
 
 def poison(t: Tensor) -> Tensor:
-    """Fill with NaN, or a value no index may have."""
+    """Fill with NaN, or a value no index may have; scratch memory with bytes that are NaN or −1 in every type."""
+    if t.dtype == torch.uint8:
+        return t.fill_(255)
     return t.fill_(float("nan") if t.is_floating_point() else (True if t.dtype == torch.bool else -(2**30)))
 
 
