@@ -42,6 +42,7 @@ def _mend_interpreter() -> None:
     interpreter._patch_lang_tensor = mended
 
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
 if INTERPRETED:
     _mend_interpreter()
 
@@ -58,6 +59,8 @@ class Specimen(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    # Arguments that are multiples of 16 (pointers and strides as they usually come), as a launch would find out.
+    aligned: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------------- launches
@@ -250,3 +253,35 @@ def best_digit(histogram, wanted, BINS: tl.constexpr):
     digit = tl.max(tl.where(from_here >= wanted, bins, 0), axis=0)
     above = tl.sum(tl.where(bins > digit, histogram, 0), axis=0)
     return digit, above
+
+
+# ---------------------------------------------------------------------- exponential
+@triton.jit
+def exp_not_above_0(x):
+    """eˣ within one unit in the last place for x ≤ 0 (the hardware's exp2 is four times coarser); NaN stays."""
+    # Scores are rounded to 16 bits: every bit of error here moves more of them across a rounding boundary.
+    bounded = tl.where(x < -104.0, -104.0, x)
+    n = rint(bounded * 1.4426950408889634)
+    r = tl.fma(n, -0.693145751953125, bounded)
+    r = tl.fma(n, -1.4286068203094172e-06, r)
+    y = tl.fma(r, 0.0001984126984126984, 0.001388888888888889)
+    y = tl.fma(y, r, 0.008333333333333333)
+    y = tl.fma(y, r, 0.041666666666666664)
+    y = tl.fma(y, r, 0.16666666666666666)
+    y = tl.fma(y, r, 0.5)
+    y = tl.fma(y * r, r, r) + 1.0
+    # 2ⁿ in two halves, as n goes below the least exponent.
+    whole = tl.where(x != x, 0.0, n).to(tl.int32)
+    half = whole >> 1
+    y *= ((half + 127) << 23).to(tl.float32, bitcast=True)
+    y *= ((whole - half + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x < -104.0, 0.0, y)
+
+
+@triton.jit
+def dot(a, b, products):
+    """products + a·b with fp32 sums: tensor cores for 16-bit inputs, true fp32 for fp32."""
+    if _INTERPRETED:
+        # The interpreter takes the bits of bf16 for integers here; products of two 16-bit floats are exact in fp32.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, products, input_precision="ieee")
