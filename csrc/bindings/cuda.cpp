@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "cuda/plan_apply.h"
+#include "cuda/position_remap.h"
 #include "cuda/report.h"
+#include "cuda/topk_select.h"
 #if defined(VIDTOK_HOST)
 #include "cuda/host/host.h"
 #include "cuda/host/samples.h"
@@ -122,4 +124,23 @@ PYBIND11_MODULE(_cuda, m) {
               plan_apply_args(x, y, dtype, n, rows, c, x_stride, anchor, member, offset, weight, nnz),
               ptr<void>(workspace), {threads, vectors}, launch(stream, error, sm, sms)));
         });
+  m.def("position_remap", [](uintptr_t anchor, int64_t n, int64_t rows, const std::vector<int64_t>& tensors, int threads,
+                             uintptr_t stream, uintptr_t error, int sm, int sms) {
+    constexpr size_t kFields = 6;
+    std::vector<RemapTensor> list(tensors.size() / kFields);
+    for (size_t i = 0; i < list.size(); ++i) {
+      const int64_t* t = tensors.data() + i * kFields;
+      list[i] = {ptr<const void>(uintptr_t(t[0])), ptr<void>(uintptr_t(t[1])), t[2], t[3], t[4], uint64_t(t[5])};
+    }
+    return int(cuda::position_remap({ptr<const int32_t>(anchor), n, rows, list.data(), int64_t(list.size()), 0}, {threads},
+                                    launch(stream, error, sm, sms)));
+  });
+  m.def("topk_select", [](uintptr_t score, int dtype, int64_t n, uintptr_t cu_seqlens, int64_t segments, int64_t keep,
+                          uintptr_t keep_start, uintptr_t position, uintptr_t index, int threads, uintptr_t stream,
+                          uintptr_t error, int sm, int sms) {
+    return int(cuda::topk_select({ptr<const void>(score), static_cast<DType>(dtype), n, ptr<const int32_t>(cu_seqlens),
+                                  segments, keep, ptr<const int64_t>(keep_start), ptr<const int32_t>(position),
+                                  ptr<int64_t>(index)},
+                                 {threads}, launch(stream, error, sm, sms)));
+  });
 }

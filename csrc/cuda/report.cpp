@@ -14,6 +14,7 @@ ReportName report_name(int code) {
       {"adjacent_similarity", "window frames"},
       {"adjacent_similarity", "cu_seqlens"},
       {"topk_select", "cu_seqlens"},
+      {"topk_select", "keep"},
       {"attention_topk", "span"},
       {"attention_topk", "group"},
       {"bipartite", "cu_seqlens"},

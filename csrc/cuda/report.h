@@ -14,6 +14,7 @@ enum class Report : int {
   adjacent_similarity_window,
   adjacent_similarity_cu_seqlens,
   topk_select_cu_seqlens,
+  topk_select_keep,
   attention_topk_span,
   attention_topk_group,
   bipartite_cu_seqlens,
