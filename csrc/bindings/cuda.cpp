@@ -95,8 +95,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("set_order", &host::set_order);
   m.def("run_sample", [](const std::string& sample, uintptr_t x, uintptr_t out, int n, uintptr_t stream,
                          uintptr_t error, int sm, int sms) {
-    return int(host::run_sample(sample.c_str(), ptr<const float>(x), ptr<float>(out), n,
-                                launch(stream, error, sm, sms)));
+    return int(
+        host::run_sample(sample.c_str(), ptr<const float>(x), ptr<float>(out), n, launch(stream, error, sm, sms)));
   });
   m.def("switch_fibers", [](int64_t rounds, uintptr_t stream, uintptr_t error, int sm, int sms) {
     return int(host::switch_fibers(rounds, launch(stream, error, sm, sms)));
@@ -106,9 +106,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("plan_apply", [](uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t rows, int64_t c, int64_t x_stride,
                          uintptr_t anchor, uintptr_t member, uintptr_t offset, uintptr_t weight, int64_t nnz,
                          int threads, int vectors, uintptr_t stream, uintptr_t error, int sm, int sms) {
-    return int(cuda::plan_apply(
-        plan_apply_args(x, y, dtype, n, rows, c, x_stride, anchor, member, offset, weight, nnz), {threads, vectors},
-        launch(stream, error, sm, sms)));
+    return int(cuda::plan_apply(plan_apply_args(x, y, dtype, n, rows, c, x_stride, anchor, member, offset, weight, nnz),
+                                {threads, vectors}, launch(stream, error, sm, sms)));
   });
   m.def("plan_apply_backward_workspace", [](int64_t n, int64_t rows, bool gather, int64_t nnz) {
     PlanApplyArgs args{};
@@ -124,23 +123,23 @@ PYBIND11_MODULE(_cuda, m) {
               plan_apply_args(x, y, dtype, n, rows, c, x_stride, anchor, member, offset, weight, nnz),
               ptr<void>(workspace), {threads, vectors}, launch(stream, error, sm, sms)));
         });
-  m.def("position_remap", [](uintptr_t anchor, int64_t n, int64_t rows, const std::vector<int64_t>& tensors, int threads,
-                             uintptr_t stream, uintptr_t error, int sm, int sms) {
+  m.def("position_remap", [](uintptr_t anchor, int64_t n, int64_t rows, const std::vector<int64_t>& tensors,
+                             int threads, uintptr_t stream, uintptr_t error, int sm, int sms) {
     constexpr size_t kFields = 6;
     std::vector<RemapTensor> list(tensors.size() / kFields);
     for (size_t i = 0; i < list.size(); ++i) {
       const int64_t* t = tensors.data() + i * kFields;
       list[i] = {ptr<const void>(uintptr_t(t[0])), ptr<void>(uintptr_t(t[1])), t[2], t[3], t[4], uint64_t(t[5])};
     }
-    return int(cuda::position_remap({ptr<const int32_t>(anchor), n, rows, list.data(), int64_t(list.size()), 0}, {threads},
-                                    launch(stream, error, sm, sms)));
+    return int(cuda::position_remap({ptr<const int32_t>(anchor), n, rows, list.data(), int64_t(list.size()), 0},
+                                    {threads}, launch(stream, error, sm, sms)));
   });
   m.def("topk_select", [](uintptr_t score, int dtype, int64_t n, uintptr_t cu_seqlens, int64_t segments, int64_t keep,
                           uintptr_t keep_start, uintptr_t position, uintptr_t index, int threads, uintptr_t stream,
                           uintptr_t error, int sm, int sms) {
-    return int(cuda::topk_select({ptr<const void>(score), static_cast<DType>(dtype), n, ptr<const int32_t>(cu_seqlens),
-                                  segments, keep, ptr<const int64_t>(keep_start), ptr<const int32_t>(position),
-                                  ptr<int64_t>(index)},
-                                 {threads}, launch(stream, error, sm, sms)));
+    return int(cuda::topk_select(
+        {ptr<const void>(score), static_cast<DType>(dtype), n, ptr<const int32_t>(cu_seqlens), segments, keep,
+         ptr<const int64_t>(keep_start), ptr<const int32_t>(position), ptr<int64_t>(index)},
+        {threads}, launch(stream, error, sm, sms)));
   });
 }

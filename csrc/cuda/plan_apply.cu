@@ -2,22 +2,11 @@
 // The work of all outputs is one line of accesses (16 bytes each where addresses allow), cut into equal blocks, so
 // that any number of channels fills the threads.
 #include "cuda/tile/block.h"
+#include "cuda/tile/line.h"
 #include "cuda/tile/report.h"
 #include "cuda/tile/vec.h"
 
 namespace vidtok::cuda {
-
-// Where a thread's accesses begin: access `base + thread` of the line, as (row, column).
-struct LineAt {
-  int64_t row;
-  int64_t column;
-  VIDTOK_DEVICE LineAt(int64_t start, int per_row, int step) {
-    const int64_t first = start / per_row;
-    const unsigned in_row = unsigned(start - first * per_row) + unsigned(step);
-    row = first + in_row / unsigned(per_row);
-    column = in_row % unsigned(per_row);
-  }
-};
 
 // y[m] = x[anchor[m]], zeros where the anchor is −1; rows of per_row accesses of BYTES.
 template <int BYTES, int VECTORS>
@@ -71,7 +60,7 @@ __global__ void plan_apply_merge_kernel(const T* x, T* y, const int32_t* member,
     return;
   }
   float sum[N] = {};
-for (int64_t i = begin; i < end; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     const int64_t j = member[i];
     if (j < 0 || j >= n) {
       report(error, Report::plan_apply_member, j, 0, n);
@@ -79,7 +68,7 @@ for (int64_t i = begin; i < end; ++i) {
     }
     const Vec<T, N> row = load<T, N>(from + j * x_stride);
     const float w = weight[i];
-  VIDTOK_UNROLL
+    VIDTOK_UNROLL
     for (int k = 0; k < N; ++k) sum[k] = fused(w, to_float(row.v[k]), sum[k]);
   }
   VIDTOK_UNROLL
@@ -280,7 +269,8 @@ Status plan_apply_backward(const PlanApplyArgs& a, void* workspace, const PlanAp
     status = VIDTOK_LAUNCH(plan_apply_count_kernel, list_blocks(t.entries), kThreads, 0, on, a.anchor, a.member,
                            t.entries, a.n, t.cursor, on.error);
   if (status == Status::ok)
-    status = VIDTOK_LAUNCH(plan_apply_scan_kernel, 1, kScanThreads, carved<int32_t>(kWarp), on, t.cursor, t.offset, a.n);
+    status =
+        VIDTOK_LAUNCH(plan_apply_scan_kernel, 1, kScanThreads, carved<int32_t>(kWarp), on, t.cursor, t.offset, a.n);
   if (status == Status::ok)
     status = VIDTOK_LAUNCH(plan_apply_fill_kernel, list_blocks(t.entries), kThreads, 0, on, a.anchor, a.member,
                            t.entries, a.n, t.cursor, t.owner);
