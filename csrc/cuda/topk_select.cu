@@ -7,9 +7,9 @@ namespace vidtok::cuda {
 
 // capacity: order keys that fit the shared memory.
 template <class T>
-__global__ void topk_select_kernel(const T* score, const int32_t* cu_seqlens, const int64_t* keep_start,
-                                   const int32_t* position, int64_t n, int64_t segments, int64_t keep, int64_t capacity,
-                                   int64_t* index, int32_t* error) {
+__global__ void __launch_bounds__(1024)
+    topk_select_kernel(const T* score, const int32_t* cu_seqlens, const int64_t* keep_start, const int32_t* position,
+                       int64_t n, int64_t segments, int64_t keep, int64_t capacity, int64_t* index, int32_t* error) {
   VIDTOK_SMEM(shared);
   int32_t* const scratch = shared.take<int32_t>(kRadixScratch<T>);
   uint32_t* const kept = shared.take<uint32_t>(capacity);
@@ -65,8 +65,8 @@ template <class T>
 Status select_of(const TopkSelectArgs& a, int threads, const Launch& on) {
   const int64_t scratch = carved<int32_t>(kRadixScratch<T>);
   const int64_t room = (shared_limit(on.sm) - scratch) / 4;
-  int64_t capacity = smaller(a.n, a.segments == 1 ? room : smaller(kKeptOfMany, room));
-  if (a.segments == 1 && a.n > capacity) capacity = 0;
+  const int64_t most = a.segments == 1 || room < kKeptOfMany ? room : kKeptOfMany;
+  const int64_t capacity = a.n <= most ? a.n : a.segments == 1 ? 0 : most;
   return VIDTOK_LAUNCH((topk_select_kernel<T>), a.segments, threads, scratch + carved<uint32_t>(capacity), on,
                        static_cast<const T*>(a.score), a.cu_seqlens, a.keep_start, a.position, a.n, a.segments, a.keep,
                        capacity, a.index, on.error);
