@@ -231,7 +231,7 @@ def test_shipped_files_are_in_step(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_shipped_entries_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every shape that tables hold is answered from a file: the model is not asked."""
-    monkeypatch.setattr(tables, "_fastest", None)
+    monkeypatch.setattr(tables, "fastest", None)
     for sm, backend, op in EVERY:
         for dtype in tables.dtypes(op, sm):
             for shape in tables.shapes(op, dtype):

@@ -35,12 +35,34 @@ for key, get in (("build", select.build_info), ("rows", lambda: [[str(v) for v i
         out[key] = get()
     except Exception as error:
         out[key + "_error"] = f"{type(error).__name__}: {error}"
+def gpus():
+    import torch
+    found = []
+    for i in range(torch.cuda.device_count()):
+        rows = [[*map(str, row), select.obstacles(row.operator, i)] for row in select.report(i)]
+        found.append({"name": torch.cuda.get_device_name(i), "sm": select.sm_of(i), "rows": rows})
+    return found
+def cuda():
+    from vidtok.kernels import cuda
+    module = cuda.extension()
+    return {"missing": cuda.obstacle(0)} if module is None else dict(module.build_info())
+for key, get in (("gpus", gpus), ("cuda", cuda)):
+    try:
+        out[key] = get()
+    except Exception as error:
+        out[key + "_error"] = f"{type(error).__name__}: {error}"
 print(json.dumps(out, default=str))
 """
 
 
-def main() -> int:
-    """Print the report; 0 when all that vidtok needs is in order, else 1."""
+def main(sm: int | None = None) -> int:
+    """Print the report, with the table of one SM if named; 0 when all that vidtok needs is in order, else 1.
+
+    An SM that no table serves is bad input, 2.
+    """
+    if sm is not None and sm < 70:
+        print(f"vidtok: expected an SM of at least 70, got {sm}", file=sys.stderr)
+        return 2
     probes = {name: _start(_import_code(name)) for name in _PACKAGES}
     probes["kernels"] = _start(_SELECT)
     problems: list[str] = []
@@ -58,7 +80,12 @@ def main() -> int:
     _section("extension")
     files = _guard(_extensions, default=[])
     _row("files", ", ".join(files) or "none built")
-    _kernels(probes["kernels"], problems)
+    found = _kernels(probes["kernels"], problems)
+    _gpu(found)
+    _section("tables of GPU kernels")
+    wrong = _guard(lambda: _tables(found, sm))
+    if wrong is not None:
+        _row("tables", wrong)
     _section("settings")
     names = sorted(k for k in os.environ if k.startswith("VIDTOK_") or k in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"))
     for name in names:
@@ -175,7 +202,7 @@ def _extensions() -> list[str]:
     return [os.path.basename(p) for p in sorted(glob.glob(os.path.join(folder, "_C*")))]
 
 
-def _kernels(probe: Any, problems: list[str]) -> None:
+def _kernels(probe: Any, problems: list[str]) -> dict[str, Any]:
     wrong, out = _finish(probe)
     found: dict[str, Any] = {}
     if wrong is None:
@@ -186,7 +213,7 @@ def _kernels(probe: Any, problems: list[str]) -> None:
     if wrong is not None:
         _row("build", f"unknown: {wrong}")
         problems.append(f"the operators do not load: {wrong}")
-        return
+        return {}
     build = found.get("build") or {}
     for key, value in build.items():
         _row(key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else value)
@@ -199,3 +226,70 @@ def _kernels(probe: Any, problems: list[str]) -> None:
     _section("operators")
     for operator, backend, reason in (row[:3] for row in found.get("rows", [])):
         _row(operator, f"{backend}: {reason}")
+    return found
+
+
+def _gpu(found: dict[str, Any]) -> None:
+    """What the CUDA binary holds, and which backends serve each GPU."""
+    _section("gpu backends")
+    cuda = found.get("cuda") or {"missing": found.get("cuda_error", "unknown")}
+    if "missing" in cuda:
+        _row("cuda", cuda["missing"])
+    else:
+        images = ", ".join(f"sm_{s}" for s in cuda.get("sms", [])) or "no SM"
+        portable = ", ".join(f"compute_{p}" for p in cuda.get("ptx", [])) or "none"
+        where = ", for the host" if cuda.get("host") else ""
+        _row("cuda", f"holds {images}; PTX: {portable} ({cuda.get('compiler', 'compiler unknown')}{where})")
+    try:
+        _row("triton", importlib.metadata.version("triton"))
+    except Exception:
+        _row("triton", "not installed")
+    if "gpus_error" in found:
+        _row("gpus", found["gpus_error"])
+    elif not found.get("gpus"):
+        _row("gpus", "none that torch can use")
+    for index, gpu in enumerate(found.get("gpus") or []):
+        _section(f"operators on cuda:{index}, {gpu['name']}, sm_{gpu['sm']}")
+        why: dict[str, None] = {}
+        for operator, backend, reason, obstacles in gpu["rows"]:
+            able = [name for name, obstacle in obstacles.items() if obstacle is None]
+            _row(operator, f"{backend}: {reason}" + (f"; can: {', '.join(able)}" if len(able) > 1 else ""))
+            # "Can't run plan_apply on the cuda backend; ..." says the same of every operator.
+            why.update({f"{n}: {o.split('; ', 1)[-1]}": None for n, o in obstacles.items() if o})
+        for text in why:
+            _row("passed over", text)
+
+
+def _tables(found: dict[str, Any], sm: int | None) -> None:
+    """Table entries and their sources: one line per operator for GPUs that are here, every shape for ``--sm``."""
+    from vidtok.kernels import tables
+    from vidtok.kernels.tables import _files
+
+    path = _files.user_path()
+    state = "none: VIDTOK_TUNING=off" if path is None else f"{path}{'' if path.exists() else ' (absent)'}"
+    _row("user table", state)
+    present = sorted({int(gpu["sm"]) for gpu in found.get("gpus") or []})
+    if sm is None and not present:
+        for known, gpu in tables.GPUS.items():
+            sources = [e.source.split(",")[0] for e in _files.shipped(known).entries.values()]
+            counts = ", ".join(f"{sources.count(s)} {s}" for s in sorted(set(sources)))
+            _row(f"sm_{known}", f"shipped for {gpu.name}: {counts}; `vidtok doctor --sm {known}` lists them")
+    for one in present if sm is None else [sm]:
+        _row(f"sm_{one}", f"the table of sm_{tables.nearest(one)}, {tables.GPUS[tables.nearest(one)].name}")
+        for op in tables.OPERATORS:
+            for backend in tables.backends(one):
+                for dtype in tables.dtypes(op, one):
+                    _entries(op, backend, one, dtype, whole=sm is not None)
+
+
+def _entries(op: str, backend: str, sm: int, dtype: str, whole: bool) -> None:
+    from vidtok.kernels import tables
+
+    if not whole and dtype != tables.dtypes(op, sm)[-1]:
+        return
+    listed = tables.shapes(op, dtype)
+    for shape in listed if whole else listed[len(listed) // 2 : len(listed) // 2 + 1]:
+        entry = tables.entry(backend, op, sm, dtype, shape)
+        extents = " ".join(f"{k}={v}" for k, v in shape.items())
+        knobs = " ".join(f"{k}={v}" for k, v in entry.knobs.items())
+        _row(op, f"{backend} {dtype} {extents}: {knobs}; {entry.source}; limit {entry.limit or 'not known'}")

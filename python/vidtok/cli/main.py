@@ -126,13 +126,34 @@ def _app() -> Any:
         command.run(model, video, question, visual, max_frames, dtype, device, max_new_tokens, repeat, seed, report)
 
     @app.command(
+        help="Measure the candidates of every GPU kernel on this GPU and write the table that later runs use.",
+        short_help="Tune the GPU kernels to this GPU.",
+    )
+    def tune(
+        minutes: Annotated[float, typer.Option(help="Time limit.", min=0.1)] = 4.5,
+        out: Annotated[
+            str, typer.Option(help="File to write (VIDTOK_TUNING, else vidtok/tuning.json in the cache folder).")
+        ] = "",
+        operator: Annotated[list[str] | None, typer.Option(help="Only this operator; may be repeated.")] = None,
+        keep_bits: Annotated[bool, typer.Option("--keep-bits", help="Leave knobs that change results' bits.")] = False,
+        debug: Debug = False,
+    ) -> None:
+        from vidtok.cli import tune as command
+
+        command.run(minutes, out or None, operator or [], keep_bits)
+
+    @app.command(
         help="Show versions, processor, what is built, and which backend each operator uses and why.",
         short_help="Show what is installed, built and chosen.",
     )
-    def doctor() -> None:
+    def doctor(
+        sm: Annotated[
+            int | None, typer.Option(help="Also list this SM's table of GPU kernels, for example 80.")
+        ] = None,
+    ) -> None:
         from vidtok.cli import doctor as command
 
-        raise typer.Exit(command.main())
+        raise typer.Exit(command.main(sm))
 
     return app
 
@@ -143,11 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Errors are one sentence on standard error; ``--debug`` shows the traceback instead.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    if argv == ["doctor"]:
+    if argv[:1] == ["doctor"] and (argv[1:] == [] or (argv[1:2] == ["--sm"] and argv[2:] and argv[2].isdigit())):
         # Needs nothing but the standard library, so that it speaks on any broken install.
         from vidtok.cli import doctor
 
-        return doctor.main()
+        return doctor.main(int(argv[2]) if argv[2:] else None)
     if argv == ["--version"]:
         print(f"vidtok {_version()}")
         return 0

@@ -68,7 +68,7 @@ class _State:
     # The GPU backend whose stand-in serves CPU tensors, or None.
     stand_in: str | None = None
     # Kernels by (registered operator, device index), best first; emptied when the request changes.
-    gpu: dict[tuple[str, int], tuple[Kernel, ...]] = {}  # noqa: RUF012  one state per process
+    gpu: dict[tuple[str, int], tuple[Kernel, ...]] = {}
 
 
 state = _State()
@@ -228,18 +228,33 @@ def build_info() -> dict[str, Any]:
     return {"extension": getattr(_C, "__file__", None), **_C.build_info()}
 
 
-def report() -> list[Choice]:
-    """For each operator the backend that serves CPU tensors now, and why."""
+def report(device: int | None = None) -> list[Choice]:
+    """For each operator the backend that serves tensors of a GPU (None: CPU tensors) now, and why."""
     rows = []
     for operator in OPERATORS:
-        obstacle = _cpu_obstacle(operator)
         if state.requested == "reference":
             rows.append(Choice(operator, "reference", "asked for by VIDTOK_BACKEND or use_backend"))
-        elif obstacle:
-            rows.append(Choice(operator, "reference", obstacle))
+            continue
+        found = obstacles(operator, device)
+        wanted = [b for b in found if state.requested in ("auto", b) or device is None]
+        best = next((b for b in wanted if found[b] is None), "reference")
+        if best == "cpu":
+            reason = f"compiled, instruction set {build_info().get('isa')}"
+        elif best == "reference":
+            reason = " ".join(str(found[b]) for b in wanted) or f"{state.requested} is asked for, which serves no GPU"
         else:
-            rows.append(Choice(operator, "cpu", f"compiled, instruction set {build_info().get('isa')}"))
+            reason = "its stand-in, as VIDTOK_BACKEND asks" if device is None else f"serves cuda:{device}"
+        rows.append(Choice(operator, best, reason))
     return rows
+
+
+def obstacles(operator: str, device: int | None = None) -> dict[str, str | None]:
+    """Per backend that could serve tensors of a GPU (None: CPU tensors), best first, why it cannot, or None."""
+    if device is not None:
+        return {backend: _gpu_obstacle(backend, operator, device) for backend in GPU_BACKENDS}
+    if state.stand_in is not None:
+        return {state.stand_in: _gpu_obstacle(state.stand_in, operator, None)}
+    return {"cpu": _cpu_obstacle(operator)}
 
 
 _apply(os.environ.get("VIDTOK_BACKEND", "auto"))

@@ -23,7 +23,7 @@ from vidtok.kernels.tables.gpus import GPUS, Gpu, nearest
 
 __all__ = [
     "BACKENDS", "DTYPES", "GPUS", "OPERATORS", "Candidate", "Entry", "Gpu", "backends", "choose", "dtypes", "entry",
-    "forced", "module", "nearest", "reload", "resolve", "shapes",
+    "fastest", "forced", "module", "nearest", "reload", "resolve", "shapes",
 ]  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def resolve(
         found = layer.entries.get(at)
         if found is not None and all(found.knobs[name] == value for name, value in fixed.items()):
             return found
-    found = _fastest(own, backend, op, gpu, dtype, bucket, fixed)
+    found = fastest(own, backend, op, gpu, dtype, bucket, fixed)
     if source != "modelled":
         found = found._replace(source=f"modelled, {' and '.join(sorted(fixed))} {source}")
     return found
@@ -64,13 +64,14 @@ def frozen(
         found = layer.frozen.get(at)
         if found is not None:
             return found.knobs, found.source
-    knobs = _fastest(own, backend, op, gpu, dtype, canonical, {}).knobs
+    knobs = fastest(own, backend, op, gpu, dtype, canonical, {}).knobs
     return {name: value for name, value in knobs.items() if name in own.BITS[backend]}, "modelled"
 
 
-def _fastest(
+def fastest(
     own: ModuleType, backend: str, op: str, gpu: Gpu, dtype: str, shape: Mapping[str, int], fixed: Knobs
 ) -> Entry:
+    """The model's choice among the candidates that hold the ``fixed`` knobs."""
     found: Entry | None = None
     why = "none has these knobs"
     for candidate in own.candidates(backend, gpu, dtype, shape):
