@@ -76,6 +76,15 @@ VIDTOK_DEVICE constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
 
+// For what an SM does not have and the launcher has refused.
+VIDTOK_DEVICE void trap() {
+#if defined(VIDTOK_HOST)
+  host::fault("this code path does not exist on sm_%d", VIDTOK_SM);
+#else
+  asm volatile("trap;");
+#endif
+}
+
 // a·b + c rounded once. The build fuses nothing by itself (-fmad=false), so that every place says which it wants.
 VIDTOK_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 

@@ -1,0 +1,292 @@
+// The product of BM rows of A and BN rows of B over any number of channels, by one block: a pipeline of copies into
+// shared memory, sums in registers. Every sum runs over the channels in order, 128 bytes of them at a time, and is the
+// same wherever its two rows stand. bf16 and fp16 take tensor cores, fp32 true fp32 FMA.
+#pragma once
+
+#include "cuda/tile/async.h"
+#include "cuda/tile/block.h"
+#include "cuda/tile/mma.h"
+#include "cuda/tile/vec.h"
+
+namespace vidtok::cuda {
+
+// Row r lies at base + (index ? index[r] : r) · stride; rows from `count` on are zeros.
+template <class T>
+struct GramRows {
+  const T* base;
+  int64_t stride;  // elements
+  int64_t count;
+  const int32_t* index = nullptr;
+};
+
+// Shared memory of a tile, which a launcher adds up: bytes to carve.
+#if !defined(__CUDACC_RTC__)
+inline int64_t gram_shared(int bm, int bn, int stages, int itemsize, int sm) {
+  return int64_t(stages) * (bm + bn) * (sm < 80 && itemsize == 2 ? 144 : 128) + 112;
+}
+#endif
+
+// Warps lie in a grid; a warp owns TM x TN sums, and of those a lane, with g = lane / 4 and t = lane % 4, rows
+// g + 8i and columns 2t + 8j and 2t + 1 + 8j, whatever T and the SM. So four neighbouring lanes share a row.
+template <class T, int BM, int BN, int WARPS>
+class GramTile {
+ public:
+  static constexpr int kThreads = WARPS * kWarp;
+  static constexpr int kRowWarps = WARPS == 1 ? 1 : WARPS == 2 ? 2 : WARPS == 4 ? 2 : 4;
+  static constexpr int kColWarps = WARPS / kRowWarps;
+  static constexpr int kRowLanes = 4;  // lanes that share a row: l ^ 1, l ^ 2, l ^ 3
+  static constexpr int TM = BM / kRowWarps, TN = BN / kColWarps;
+  static constexpr int kDepth = 128 / int(sizeof(T));  // channels of a step
+  static_assert(TM % 16 == 0 && TN % 16 == 0, "a warp owns 16 x 16 sums at least");
+  static_assert(BM * 8 % kThreads == 0 && BN * 8 % kThreads == 0, "all threads copy alike");
+
+  // shared: gram_shared bytes; stages: steps under way, 1 to 4.
+  VIDTOK_DEVICE GramTile(unsigned char* shared, int stages)
+      : shared_(reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared) + 112) / 128 * 128)),
+        stages_(stages),
+        row0_(warp() / kColWarps * TM + lane() / 4),
+        col0_(warp() % kColWarps * TN + lane() % 4 * 2) {}
+
+  // All threads call it; when it returns, shared memory is free for the caller (after the barrier inside).
+  VIDTOK_DEVICE void multiply(const GramRows<T>& a, const GramRows<T>& b, int64_t channels) {
+    const T* from_a[kCopiesA];
+    const T* from_b[kCopiesB];
+    locate<kCopiesA>(from_a, a);
+    locate<kCopiesB>(from_b, b);
+    const auto bits = [](const GramRows<T>& rows) {
+      return reinterpret_cast<uintptr_t>(rows.base) | uintptr_t(rows.stride * int64_t(sizeof(T)));
+    };
+    const bool aligned = (bits(a) | bits(b) | uintptr_t(channels * int64_t(sizeof(T)))) % 16 == 0;
+    const int64_t steps = (channels + kDepth - 1) / kDepth;
+    const int ahead = stages_ - 1;
+    const auto copy = [&](int64_t step) {
+      if (step < steps) {
+        unsigned char* const to = stage(int(step % stages_));
+        copy_side<kCopiesA>(to, from_a, a.base, step * kDepth, channels, aligned);
+        copy_side<kCopiesB>(to + BM * kPitch, from_b, b.base, step * kDepth, channels, aligned);
+      }
+      copy_commit();
+    };
+    WmmaSum wmma[kWmma ? kMi : 1][kWmma ? kNi / 2 : 1] = {};
+    VIDTOK_UNROLL
+    for (int i = 0; i < kMi; ++i) {
+      VIDTOK_UNROLL
+      for (int j = 0; j < kNi; ++j) {
+        VIDTOK_UNROLL
+        for (int e = 0; e < 4; ++e) sum_[i][j][e] = 0;
+      }
+    }
+    block_sync();  // shared memory may still be in use
+    for (int i = 0; i < ahead; ++i) copy(i);
+    for (int64_t step = 0; step < steps; ++step) {
+      if (ahead == 0) {
+        block_sync();
+        copy(step);
+      }
+      if (ahead <= 1)
+        copy_wait<0>();
+      else if (ahead == 2)
+        copy_wait<1>();
+      else
+        copy_wait<2>();
+      block_sync();  // this step is there, and the step before is no longer read
+      if (ahead > 0) copy(step + ahead);
+      const unsigned char* const at = stage(int(step % stages_));
+      if constexpr (sizeof(T) == 4)
+        step_fma(at, at + BM * kPitch);
+      else if constexpr (kWmma)
+        step_wmma(at, at + BM * kPitch, wmma);
+      else
+        step_mma(at, at + BM * kPitch);
+    }
+    copy_wait<0>();
+    block_sync();
+    if constexpr (kWmma) reorder(wmma);
+  }
+
+  // f(row, column, sum&) for the sums of this thread, row by row.
+  template <class F>
+  VIDTOK_DEVICE void for_each(F f) {
+    VIDTOK_UNROLL
+    for (int i = 0; i < TM / 8; ++i) {
+      VIDTOK_UNROLL
+      for (int j = 0; j < TN / 8; ++j) {
+        VIDTOK_UNROLL
+        for (int e = 0; e < 2; ++e) f(row0_ + 8 * i, col0_ + 8 * j + e, sum_[i / 2][j][i % 2 * 2 + e]);
+      }
+    }
+  }
+
+  // Reduces map(row, column, sum) over this warp's columns of each of its rows: out(row, result) runs on one lane of
+  // four; warps with other columns (col_warp()) hold the rest. The op must not depend on the order of its arguments.
+  template <class U, class Map, class Op, class Out>
+  VIDTOK_DEVICE void reduce_rows(U none, Map map, Op op, Out out) {
+    VIDTOK_UNROLL
+    for (int i = 0; i < TM / 8; ++i) {
+      U best = none;
+      VIDTOK_UNROLL
+      for (int j = 0; j < TN / 8; ++j) {
+        VIDTOK_UNROLL
+        for (int e = 0; e < 2; ++e)
+          best = op(best, map(row0_ + 8 * i, col0_ + 8 * j + e, sum_[i / 2][j][i % 2 * 2 + e]));
+      }
+      best = op(best, shuffle_xor(best, 1));
+      best = op(best, shuffle_xor(best, 2));
+      if (lane() % kRowLanes == 0) out(row0_ + 8 * i, best);
+    }
+  }
+  VIDTOK_DEVICE static int col_warp() { return warp() % kColWarps; }
+
+ private:
+  static constexpr int kPer = 16 / int(sizeof(T));
+  static constexpr int kCopiesA = BM * 8 / kThreads, kCopiesB = BN * 8 / kThreads;
+  static constexpr bool kWmma = sizeof(T) == 2 && VIDTOK_SM < 80;
+  // wmma reads plain rows, 16 bytes further apart; the others a line per row with its 16-byte words permuted, so that
+  // words of eight neighbouring rows lie in different banks.
+  static constexpr int kPitch = kWmma ? 144 : 128;
+  static constexpr int kMi = TM / 16, kNi = TN / 8;
+
+  VIDTOK_DEVICE static int place(int row, int word) { return row * kPitch + (kWmma ? word : word ^ (row & 7)) * 16; }
+  VIDTOK_DEVICE unsigned char* stage(int i) const { return shared_ + i * (BM + BN) * kPitch; }
+
+  template <int COPIES>
+  VIDTOK_DEVICE static void locate(const T* (&from)[COPIES], const GramRows<T>& rows) {
+    VIDTOK_UNROLL
+    for (int i = 0; i < COPIES; ++i) {
+      const int row = (thread() + i * kThreads) / 8;
+      from[i] = row >= rows.count ? nullptr
+                                  : rows.base + int64_t(rows.index != nullptr ? rows.index[row] : row) * rows.stride;
+    }
+  }
+
+  template <int COPIES>
+  VIDTOK_DEVICE static void copy_side(unsigned char* to, const T* const (&from)[COPIES], const T* base, int64_t begin,
+                                      int64_t channels, bool aligned) {
+    const int word = thread() % 8;
+    const int64_t at = begin + word * kPer;
+    VIDTOK_UNROLL
+    for (int i = 0; i < COPIES; ++i) {
+      unsigned char* const slot = to + place((thread() + i * kThreads) / 8, word);
+      if (aligned) {
+        const bool valid = from[i] != nullptr && at < channels;
+        copy_async(slot, valid ? from[i] + at : base, valid);
+      } else {
+        Vec<T, kPer> v{};
+        VIDTOK_UNROLL
+        for (int k = 0; k < kPer; ++k)
+          if (from[i] != nullptr && at + k < channels) v.v[k] = from[i][at + k];
+        store(reinterpret_cast<T*>(slot), v);
+      }
+    }
+  }
+
+  // One step of all sums. Those of a step start at zero and are added to the rest, which keeps errors small.
+  VIDTOK_DEVICE void step_fma(const unsigned char* a, const unsigned char* b) {
+    using Four = Vec<float, 4>;
+    float part[kMi][kNi][4] = {};
+    for (int word = 0; word < 8; ++word) {
+      Four x[kMi * 2];
+      VIDTOK_UNROLL
+      for (int i = 0; i < kMi * 2; ++i) x[i] = *reinterpret_cast<const Four*>(a + place(row0_ + 8 * i, word));
+      VIDTOK_UNROLL
+      for (int j = 0; j < kNi * 2; ++j) {
+        const Four y = *reinterpret_cast<const Four*>(b + place(col0_ + j / 2 * 8 + j % 2, word));
+        VIDTOK_UNROLL
+        for (int i = 0; i < kMi * 2; ++i) {
+          float& p = part[i / 2][j / 2][i % 2 * 2 + j % 2];
+          VIDTOK_UNROLL
+          for (int k = 0; k < 4; ++k) p = fused(x[i].v[k], y.v[k], p);
+        }
+      }
+    }
+    add(part);
+  }
+
+  VIDTOK_DEVICE void step_mma(const unsigned char* a, const unsigned char* b) {
+    const int l = lane(), row = warp() / kColWarps * TM, col = warp() % kColWarps * TN;
+    uint32_t x[kMi][4][4];
+    VIDTOK_UNROLL
+    for (int i = 0; i < kMi; ++i) {
+      VIDTOK_UNROLL
+      for (int k = 0; k < 4; ++k) load_matrices(x[i][k], a + place(row + 16 * i + l % 16, 2 * k + l / 16));
+    }
+    VIDTOK_UNROLL
+    for (int j = 0; j < kNi; j += 2) {
+      float part[kMi][2][4] = {};
+      VIDTOK_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        uint32_t y[4];
+        load_matrices(y, b + place(col + 8 * j + l % 8 + l / 16 * 8, 2 * k + l / 8 % 2));
+        const uint32_t left[2] = {y[0], y[1]}, right[2] = {y[2], y[3]};
+        VIDTOK_UNROLL
+        for (int i = 0; i < kMi; ++i) {
+          mma_16816<T>(part[i][0], x[i][k], left);
+          mma_16816<T>(part[i][1], x[i][k], right);
+        }
+      }
+      VIDTOK_UNROLL
+      for (int i = 0; i < kMi; ++i) {
+        VIDTOK_UNROLL
+        for (int e = 0; e < 8; ++e) sum_[i][j + e / 4][e % 4] += part[i][e / 4][e % 4];
+      }
+    }
+  }
+
+  VIDTOK_DEVICE void step_wmma(const unsigned char* a, const unsigned char* b, WmmaSum (&sum)[kMi][kNi / 2]) {
+    constexpr int kStride = kPitch / 2;
+    const f16* const rows = reinterpret_cast<const f16*>(a + warp() / kColWarps * TM * kPitch);
+    const f16* const cols = reinterpret_cast<const f16*>(b + warp() % kColWarps * TN * kPitch);
+    VIDTOK_UNROLL
+    for (int i = 0; i < kMi; ++i) {
+      WmmaInput x[4];
+      VIDTOK_UNROLL
+      for (int k = 0; k < 4; ++k) x[k] = wmma_load_a(rows + 16 * i * kStride + 16 * k, kStride);
+      VIDTOK_UNROLL
+      for (int j = 0; j < kNi / 2; ++j) {
+        WmmaSum part{};
+        VIDTOK_UNROLL
+        for (int k = 0; k < 4; ++k) wmma_multiply(part, x[k], wmma_load_b(cols + 16 * j * kStride + 16 * k, kStride));
+        VIDTOK_UNROLL
+        for (int e = 0; e < 8; ++e) sum[i][j].r[e] += part.r[e];
+      }
+    }
+  }
+
+  // Through shared memory into the order of the other sums.
+  VIDTOK_DEVICE void reorder(const WmmaSum (&sum)[kMi][kNi / 2]) {
+    constexpr int kStride = 20;
+    static_assert(WARPS * 16 * kStride * 4 <= (BM + BN) * 128, "the sums pass through the memory of one step");
+    float* const tile = reinterpret_cast<float*>(shared_) + warp() * 16 * kStride;
+    const float* const mine = tile + lane() / 4 * kStride + lane() % 4 * 2;
+    VIDTOK_UNROLL
+    for (int i = 0; i < kMi; ++i) {
+      VIDTOK_UNROLL
+      for (int j = 0; j < kNi / 2; ++j) {
+        wmma_store(tile, kStride, sum[i][j]);
+        warp_sync();
+        VIDTOK_UNROLL
+        for (int e = 0; e < 8; ++e) sum_[i][2 * j + e / 4][e % 4] = mine[e % 4 / 2 * 8 * kStride + e / 4 * 8 + e % 2];
+        warp_sync();
+      }
+    }
+    block_sync();
+  }
+
+  VIDTOK_DEVICE void add(const float (&part)[kMi][kNi][4]) {
+    VIDTOK_UNROLL
+    for (int i = 0; i < kMi; ++i) {
+      VIDTOK_UNROLL
+      for (int j = 0; j < kNi; ++j) {
+        VIDTOK_UNROLL
+        for (int e = 0; e < 4; ++e) sum_[i][j][e] += part[i][j][e];
+      }
+    }
+  }
+
+  unsigned char* shared_;
+  int stages_;
+  int row0_, col0_;
+  float sum_[kMi][kNi][4];
+};
+
+}  // namespace vidtok::cuda
