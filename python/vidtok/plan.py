@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vidtok import _check
+from vidtok._constant import constant
 
 __all__ = ["Plan"]
 
@@ -27,7 +28,16 @@ def _segment_ids(cu_seqlens: Tensor, total: int) -> Tensor:
 
 def offsets(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """int32 ``[B+1]`` offsets of sequences of the given lengths."""
-    return torch.tensor([0, *accumulate(int(n) for n in lengths)], dtype=torch.int32, device=device)
+    return constant([0, *accumulate(int(n) for n in lengths)], torch.int32, device)
+
+
+def _compact(mask: Tensor, count: int | None) -> Tensor:
+    """Indices of the True entries; without a wait for the device when their ``count`` is known."""
+    if count is None:
+        return torch.nonzero(mask).squeeze(1)
+    at = torch.where(mask, mask.cumsum(0) - 1, count)
+    out = torch.empty(count + 1, dtype=torch.int64, device=mask.device)
+    return out.scatter_(0, at, torch.arange(mask.shape[0], device=mask.device))[:count]
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,8 +257,13 @@ class Plan:
         )
 
     # ------------------------------------------------------------------ algebra
-    def compose(self, then: Plan) -> Plan:
+    def compose(self, then: Plan, *, partition: bool = False) -> Plan:
         """The plan that applies ``self`` and then ``then``; weights multiply.
+
+        Args:
+            then: takes the outputs of ``self``.
+            partition: says that ``then`` puts each of them into exactly one output, as merging does; the
+                number of members is then known without asking the device.
 
         Raises:
             ValueError: when ``then`` does not take what ``self`` gives.
@@ -258,21 +273,17 @@ class Plan:
                 f"a plan over {self.num_out} tokens in {self.num_sequences} sequences",
                 f"one over {then.num_in} tokens in {then.num_sequences}",
             )
-        if not torch.compiler.is_compiling() and not torch.equal(then.cu_seqlens_in, self.cu_seqlens_out):
+        # On a GPU the comparison would wait for it; validate() is exact there.
+        compare = self.device.type == "cpu" and not partition and not torch.compiler.is_compiling()
+        if compare and not torch.equal(then.cu_seqlens_in, self.cu_seqlens_out):
             _check.fail(f"input offsets {self.cu_seqlens_out.tolist()}", str(then.cu_seqlens_in.tolist()))
         index = then.anchor.long()
         anchor = torch.where(index < 0, -1, self.anchor[index.clamp(min=0)]) if then.padded else self.anchor[index]
         member = offset = weight = None
         if not (self.is_gather and then.is_gather):
-            inner = then.member.long()
-            start, counts = self.offset[:-1].long()[inner], self.offset.diff().long()[inner]
-            total = int(counts.sum())
-            step = torch.repeat_interleave(start - (counts.cumsum(0) - counts), counts, output_size=total)
-            flat = step + torch.arange(total, device=self.device)
-            member = self.member[flat]
-            weight = self.weight[flat] * torch.repeat_interleave(then.weight, counts, output_size=total)
-            ends = torch.zeros(inner.shape[0] + 1, dtype=torch.int64, device=self.device)
-            ends[1:] = counts.cumsum(0)
+            total = self.member.shape[0] if partition else None
+            member, weight, counts, ends = self._members_of(then.member.long(), total)
+            weight = weight * torch.repeat_interleave(then.weight, counts, output_size=member.shape[0])
             offset = ends[then.offset.long()].to(torch.int32)
         return Plan(
             self.cu_seqlens_in,
@@ -287,17 +298,27 @@ class Plan:
             self.padded or then.padded,
         )
 
+    def _members_of(self, outputs: Tensor, total: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Members and weights of the given outputs behind one another, how many each has, and where they begin."""
+        start, counts = self.offset[:-1].long()[outputs], self.offset.diff().long()[outputs]
+        ends = torch.zeros(outputs.shape[0] + 1, dtype=torch.int64, device=self.device)
+        ends[1:] = counts.cumsum(0)
+        if total is None:
+            total = int(ends[-1])
+        step = torch.repeat_interleave(start - ends[:-1], counts, output_size=total)
+        flat = step + torch.arange(total, device=self.device)
+        return self.member[flat], self.weight[flat], counts, ends
+
     def sorted(self) -> Plan:
         """The same plan with outputs ascending by anchor inside each sequence."""
         if self.padded:
             raise ValueError("expected a plan without left padding, got one made by lift(..., dense=True)")
-        order = torch.argsort(self.anchor.long(), stable=True)
-        return self.compose(
-            Plan(
-                self.cu_seqlens_out, self.cu_seqlens_out, order.to(torch.int32), None, None, None, self.num_out,
-                self.length_out, self.length_out,
-            )
-        )  # fmt: skip
+        order = torch.argsort(self.anchor, stable=True)
+        member = offset = weight = None
+        if not self.is_gather:
+            member, weight, _, ends = self._members_of(order, self.member.shape[0])
+            offset = ends.to(torch.int32)
+        return replace(self, anchor=self.anchor[order], csr_member=member, csr_offset=offset, csr_weight=weight)
 
     def unmerge(self, y: Tensor, fill: float = 0.0) -> Tensor:
         """Give every input token a copy of the output it went into.
@@ -345,6 +366,7 @@ class Plan:
         real: Tensor | None = None,
         dense: bool = False,
         length: int | None = None,
+        lengths: tuple[Sequence[int], Sequence[int]] | None = None,
     ) -> Plan:
         """Turn a plan over visual tokens into one over whole rows; other tokens are kept as they are.
 
@@ -354,6 +376,8 @@ class Plan:
             real: bool ``[total]``, False for padding tokens of the rows, which are left out.
             dense: give every row the length of the longest by left padding (anchor −1).
             length: that common length when the host knows it; read from the counts otherwise.
+            lengths: tokens of each row before and after, when the host knows both and no row has
+                padding: then nothing is read from the device, and a CUDA graph can be captured.
 
         Returns:
             A plan over the rows whose outputs ascend by anchor.
@@ -364,7 +388,18 @@ class Plan:
             _check.fail(f"columns of shape [{self.num_in}]", str(list(columns.shape)))
         device = self.device
         rows = cu_seqlens.shape[0] - 1
-        total = int(cu_seqlens[-1])
+        if lengths is None:
+            before, after = cu_seqlens.diff().tolist(), None
+        else:
+            before, after = list(lengths[0]), list(lengths[1])
+            if real is not None or len(before) != rows or len(after) != rows:
+                _check.fail(
+                    f"lengths of {rows} rows without padding",
+                    f"{len(before)} before and {len(after)} after{'' if real is None else ', with padding'}",
+                )
+            if sum(before) - sum(after) != self.num_in - self.num_out:
+                _check.fail(f"lengths that fall by {self.num_in - self.num_out} together", f"{before} to {after}")
+        total = sum(before)
         columns = columns.long()
         kept = torch.ones(total, dtype=torch.bool, device=device) if real is None else real.reshape(-1).bool().clone()
         if kept.shape[0] != total:
@@ -374,18 +409,21 @@ class Plan:
         kept[anchors] = True
         slot = torch.full((total,), -1, dtype=torch.int64, device=device)
         slot[anchors] = torch.arange(self.num_out, device=device)
-        position = torch.nonzero(kept).squeeze(1)
+        position = _compact(kept, None if after is None else sum(after))
         source = slot[position]
         row = _segment_ids(cu_seqlens, total)[position]
-        count = torch.bincount(row, minlength=rows)
+        if after is None:
+            count = torch.bincount(row, minlength=rows)
+        else:
+            count = constant(after, torch.int64, device)
         if dense:
-            width = int(count.max()) if length is None else length
+            width = length if length is not None else max(after) if after is not None else int(count.max())
             index = torch.full((rows, width), -1, dtype=torch.int64, device=device)
             ends = count.cumsum(0)
             rank = torch.arange(position.shape[0], device=device) - (ends - count)[row]
             index[row, width - count[row] + rank] = torch.arange(position.shape[0], device=device)
             index = index.reshape(-1)
-            padded = bool((index < 0).any())
+            padded = position.shape[0] < rows * width
             cu_out = offsets([width] * rows, device)
         else:
             width, padded = None, False
@@ -401,14 +439,13 @@ class Plan:
             size = torch.where(visual, self.offset.diff().long()[source.clamp(min=0)], here.long())
             offset = torch.zeros(index.shape[0] + 1, dtype=torch.int32, device=device)
             offset[1:] = size.cumsum(0)
-            nnz = int(offset[-1])
+            nnz = self.member.shape[0] + position.shape[0] - self.num_out
             owner = torch.repeat_interleave(torch.arange(size.shape[0], device=device), size, output_size=nnz)
             inner = torch.arange(nnz, device=device) - offset.long()[owner]
             is_visual = visual[owner]
             flat = torch.where(is_visual, self.offset.long()[source.clamp(min=0)][owner] + inner, 0)
             member = torch.where(is_visual, columns[self.member.long()[flat]], anchor[owner]).to(torch.int32)
             weight = torch.where(is_visual, self.weight[flat], 1.0)
-        lengths = {int(v) for v in cu_seqlens.diff().tolist()}
         return Plan(
             cu_seqlens.to(torch.int32),
             cu_out,
@@ -417,7 +454,7 @@ class Plan:
             offset,
             weight,
             total,
-            lengths.pop() if len(lengths) == 1 else None,
+            before[0] if len(set(before)) == 1 else None,
             width,
             padded,
         )

@@ -62,6 +62,18 @@ def _frame(h: int, w: int, oh: int, ow: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _video(grid: Grid, target: Grid, device: torch.device) -> Plan:
+    """The plan of one video; the same one again on a GPU, where it would have to be uploaded."""
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        return _kept_video(grid, target, device)
+    return _make_video(grid, target, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_video(grid: Grid, target: Grid, device: torch.device) -> Plan:
+    return _make_video(grid, target, device)
+
+
+def _make_video(grid: Grid, target: Grid, device: torch.device) -> Plan:
     t, h, w = grid
     if target == grid:
         return Plan.identity([t * h * w], device)

@@ -82,7 +82,7 @@ def _frames(x: Tensor, steps: Sequence[int], metric: str) -> Plan:
             x, size, step = ops.bipartite_merge(x, _metric(x, metric), r, size=size)
         else:
             step = ops.bipartite_match(_metric(x, metric), r, size=size)
-        plan = step if plan is None else plan.compose(step)
+        plan = step if plan is None else plan.compose(step, partition=True)
     if plan is None:
         return Plan.identity([x.shape[1]] * x.shape[0], x.device)
     return plan.sorted()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vidtok import _constant
 from vidtok.kernels import select
 from vidtok.kernels.native import DTYPE_CODE, pointer
 
@@ -161,20 +162,6 @@ def workspace(x: Tensor, nbytes: int) -> Tensor | None:
     return x.new_empty(nbytes, dtype=torch.uint8) if nbytes else None
 
 
-@lru_cache(maxsize=4096)
-def _uploaded(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("expected a call with the same counts before the capture of a CUDA graph, got none")
-    return torch.tensor(values, dtype=dtype, device=device)
-
-
-# Lists that a captured graph reads must outlive the cache above.
-_captured: list[Tensor] = []
-
-
 def device_list(values: Sequence[int], x: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
     """Numbers the host knows, on the device of ``x``; uploaded once per value, so that a graph can be captured."""
-    out = _uploaded(tuple(values), dtype, x.device)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.append(out)
-    return out
+    return _constant.shared(values, dtype, x.device)
