@@ -71,7 +71,7 @@ def poisoned_allocation(at: str | None = None) -> Iterator[None]:
 
     def new_empty(self: Tensor, *size: Any, **options: Any) -> Tensor:
         out = original(self, *size, **options)
-        if out.device.type != "cpu" or out.dtype not in (
+        if out.device.type not in ("cpu", "cuda") or out.dtype not in (
             torch.float32,
             torch.float64,
             torch.bfloat16,
@@ -82,7 +82,7 @@ def poisoned_allocation(at: str | None = None) -> Iterator[None]:
             torch.bool,
         ):
             return out
-        if at is not None and type(out) is Tensor:
+        if at is not None and type(out) is Tensor and out.is_cpu:
             out = guarded_empty(tuple(out.shape), out.dtype, at)
         return poison(out)
 

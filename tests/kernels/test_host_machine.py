@@ -96,9 +96,7 @@ def test_reads_outside_a_buffer_are_caught(sample):
 
 
 def test_the_reading_child_sees_nothing_wrong_with_a_legal_kernel():
-    assert torch.equal(
-        run("reverse", 0, guarded(torch.arange(N).float(), "end")), torch.arange(N).float().flip(0)
-    )
+    assert torch.equal(run("reverse", 0, guarded(torch.arange(N).float(), "end")), torch.arange(N).float().flip(0))
 
 
 def test_an_unknown_sample_is_an_error():

@@ -59,7 +59,9 @@ def test_a_reduction_of_known_counts_reads_nothing(name, options, backend):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("read", [lambda t: t.tolist(), lambda t: t.nonzero(), lambda t: bool(t.any()), lambda t: t[t > 0]])
+@pytest.mark.parametrize(
+    "read", [lambda t: t.tolist(), lambda t: t.nonzero(), lambda t: bool(t.any()), lambda t: t[t > 0]]
+)
 def test_the_guard_sees_a_read(read):
     x = mark(torch.tensor([1, 0, 2]))
     with pytest.raises(Read), no_reads():
