@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/plan_apply.h"
+#include "cuda/pool_packed.h"
 #include "cuda/position_remap.h"
 #include "cuda/report.h"
 #include "cuda/topk_select.h"
@@ -142,4 +143,16 @@ PYBIND11_MODULE(_cuda, m) {
          ptr<const int64_t>(keep_start), ptr<const int32_t>(position), ptr<int64_t>(index)},
         {threads}, launch(stream, error, sm, sms)));
   });
+  const auto pool =
+      [](Status (*kernel)(const cuda::PoolPackedArgs&, const cuda::PoolPackedChoice&, const cuda::Launch&)) {
+        return [kernel](uintptr_t x, uintptr_t y, int dtype, int64_t num_in, int64_t num_out, int64_t c,
+                        int64_t x_stride, uintptr_t grids, int64_t videos, int threads, int vectors, uintptr_t stream,
+                        uintptr_t error, int sm, int sms) {
+          return int(kernel({ptr<const void>(x), ptr<void>(y), static_cast<DType>(dtype), num_in, num_out, c, x_stride,
+                             ptr<const int64_t>(grids), videos},
+                            {threads, vectors}, launch(stream, error, sm, sms)));
+        };
+      };
+  m.def("pool_packed", pool(cuda::pool_packed));
+  m.def("pool_packed_backward", pool(cuda::pool_packed_backward));
 }

@@ -1,4 +1,4 @@
-"""pool_packed: one group of threads per pooled token, each thread ``vectors`` loads of 16 bytes of every member.
+"""pool_packed: one thread per 16 bytes of a pooled token, with the loads of ``vectors`` members under way together.
 
 Bytes: a 2 × 2 window is read per row written, the rest as :mod:`~vidtok.kernels.tables.plan_apply`. No knob
 changes bits: each sum has one owner and goes in window order.

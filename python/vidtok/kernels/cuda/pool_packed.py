@@ -1,0 +1,100 @@
+"""CUDA pool_packed and its backward."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+from vidtok.kernels import tables
+from vidtok.kernels.cuda import DTYPE_CODE, DTYPE_NAME, Launch, check, device_list, extension, launch
+from vidtok.kernels.native.pool_packed import _grids
+
+
+@lru_cache(maxsize=1024)
+def _layout(grid_in: tuple[int, ...], grid_out: tuple[int, ...], num_in: int, num_out: int) -> tuple[int, ...] | None:
+    """(first token before, after, t, h, w, h', w') of each video; raises unless the grids fit.
+
+    None for sides that the kernels leave to the reference.
+    """
+    flat: list[int] = []
+    held = left = 0
+    for at in range(0, len(grid_in), 3):
+        (t, h, w), (frames, oh, ow) = grid_in[at : at + 3], grid_out[at : at + 3]
+        if min(t, h, w, oh, ow) < 0 or t != frames or oh > h or ow > w:
+            break
+        flat += (held, left, t, h, w, oh, ow)
+        held, left = held + t * h * w, left + t * oh * ow
+    if len(flat) * 3 != len(grid_in) * 7 or held != num_in or left != num_out:
+        raise IndexError(
+            f"expected grids over {num_in} and {num_out} tokens that pooling only shrinks, got "
+            f"{grid_in[:12]} to {grid_out[:12]}"
+        )
+    return tuple(flat) if all(side < 2**16 for side in (*grid_in[1::3], *grid_in[2::3])) else None
+
+
+def _flat(grid: Tensor) -> tuple[int, ...]:
+    return tuple(chain.from_iterable(grid.tolist()))
+
+
+def _choice(x: Tensor, rows: int, on: Launch) -> tuple[int, int]:
+    shape = {"rows": rows, "channels": x.shape[1], "itemsize": x.itemsize}
+    knobs = tables.choose("cuda", "pool_packed", on.sm, DTYPE_NAME[x.dtype], shape)
+    return knobs["threads"], knobs["vectors"]
+
+
+def _below_2_31(tokens: int) -> None:
+    if tokens > 2**31 - 1:
+        raise ValueError(f"expected fewer than 2147483648 tokens, got {tokens}")
+
+
+def pool_packed(x: Tensor, grid_in: Tensor, grid_out: Tensor, num_out: int) -> Any:
+    """See :func:`vidtok.kernels.reference.pool_packed.pool_packed`."""
+    dtype = DTYPE_CODE.get(x.dtype)
+    if dtype is None:
+        return NotImplemented
+    n, c = x.shape
+    _grids(grid_in, grid_out)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if num_out < 0:
+        num_out = int(grid_out.prod(1).sum())
+    _below_2_31(n)
+    layout = _layout(_flat(grid_in), _flat(grid_out), n, num_out)
+    if layout is None:
+        return NotImplemented
+    out = x.new_empty(num_out, c)
+    grids = device_list(layout, x)
+    on = launch(x)
+    status = extension().pool_packed(
+        x.data_ptr(), out.data_ptr(), dtype, n, num_out, c, x.stride(0), grids.data_ptr(), grid_in.shape[0],
+        *_choice(x, num_out, on), *on,
+    )  # fmt: skip
+    check(status, "pool_packed", x)
+    return out
+
+
+def pool_packed_backward(grad: Tensor, grid_in: Tensor, grid_out: Tensor, num_in: int) -> Any:
+    """See :func:`vidtok.kernels.reference.pool_packed.pool_packed_backward`."""
+    dtype = DTYPE_CODE.get(grad.dtype)
+    if dtype is None:
+        return NotImplemented
+    m, c = grad.shape
+    _grids(grid_in, grid_out)
+    if grad.stride(1) != 1:
+        grad = grad.contiguous()
+    _below_2_31(num_in)
+    layout = _layout(_flat(grid_in), _flat(grid_out), num_in, m)
+    if layout is None:
+        return NotImplemented
+    out = grad.new_empty(num_in, c)
+    grids = device_list(layout, grad)
+    on = launch(grad)
+    status = extension().pool_packed_backward(
+        grad.data_ptr(), out.data_ptr(), dtype, num_in, m, c, grad.stride(0), grids.data_ptr(), grid_in.shape[0],
+        *_choice(grad, num_in, on), *on,
+    )  # fmt: skip
+    check(status, "pool_packed_backward", grad)
+    return out
