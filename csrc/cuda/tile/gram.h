@@ -49,59 +49,12 @@ class GramTile {
 
   // All threads call it; when it returns, shared memory is free for the caller (after the barrier inside).
   VIDTOK_DEVICE void multiply(const GramRows<T>& a, const GramRows<T>& b, int64_t channels) {
-    const T* from_a[kCopiesA];
-    const T* from_b[kCopiesB];
-    locate<kCopiesA>(from_a, a);
-    locate<kCopiesB>(from_b, b);
-    const auto bits = [](const GramRows<T>& rows) {
-      return reinterpret_cast<uintptr_t>(rows.base) | uintptr_t(rows.stride * int64_t(sizeof(T)));
-    };
-    const bool aligned = (bits(a) | bits(b) | uintptr_t(channels * int64_t(sizeof(T)))) % 16 == 0;
-    const int64_t steps = (channels + kDepth - 1) / kDepth;
-    const int ahead = stages_ - 1;
-    const auto copy = [&](int64_t step) {
-      if (step < steps) {
-        unsigned char* const to = stage(int(step % stages_));
-        copy_side<kCopiesA>(to, from_a, a.base, step * kDepth, channels, aligned);
-        copy_side<kCopiesB>(to + BM * kPitch, from_b, b.base, step * kDepth, channels, aligned);
-      }
-      copy_commit();
-    };
-    WmmaSum wmma[kWmma ? kMi : 1][kWmma ? kNi / 2 : 1] = {};
-    VIDTOK_UNROLL
-    for (int i = 0; i < kMi; ++i) {
-      VIDTOK_UNROLL
-      for (int j = 0; j < kNi; ++j) {
-        VIDTOK_UNROLL
-        for (int e = 0; e < 4; ++e) sum_[i][j][e] = 0;
-      }
-    }
-    block_sync();  // shared memory may still be in use
-    for (int i = 0; i < ahead; ++i) copy(i);
-    for (int64_t step = 0; step < steps; ++step) {
-      if (ahead == 0) {
-        block_sync();
-        copy(step);
-      }
-      if (ahead <= 1)
-        copy_wait<0>();
-      else if (ahead == 2)
-        copy_wait<1>();
-      else
-        copy_wait<2>();
-      block_sync();  // this step is there, and the step before is no longer read
-      if (ahead > 0) copy(step + ahead);
-      const unsigned char* const at = stage(int(step % stages_));
-      if constexpr (sizeof(T) == 4)
-        step_fma(at, at + BM * kPitch);
-      else if constexpr (kWmma)
-        step_wmma(at, at + BM * kPitch, wmma);
-      else
-        step_mma(at, at + BM * kPitch);
-    }
-    copy_wait<0>();
-    block_sync();
-    if constexpr (kWmma) reorder(wmma);
+    product(a, b, channels, false);
+  }
+  // Rows by themselves: they are copied once.
+  VIDTOK_DEVICE void multiply(const GramRows<T>& a, int64_t channels) {
+    static_assert(BM == BN, "a square");
+    product(a, a, channels, true);
   }
 
   // f(row, column, sum&) for the sums of this thread, row by row.
@@ -180,6 +133,63 @@ class GramTile {
     }
   }
 
+  VIDTOK_DEVICE void product(const GramRows<T>& a, const GramRows<T>& b, int64_t channels, bool same) {
+    const T* from_a[kCopiesA];
+    const T* from_b[kCopiesB];
+    locate<kCopiesA>(from_a, a);
+    locate<kCopiesB>(from_b, b);
+    const auto bits = [](const GramRows<T>& rows) {
+      return reinterpret_cast<uintptr_t>(rows.base) | uintptr_t(rows.stride * int64_t(sizeof(T)));
+    };
+    const bool aligned = (bits(a) | bits(b) | uintptr_t(channels * int64_t(sizeof(T)))) % 16 == 0;
+    const int64_t steps = (channels + kDepth - 1) / kDepth;
+    const int ahead = stages_ - 1;
+    const auto copy = [&](int64_t step) {
+      if (step < steps) {
+        unsigned char* const to = stage(int(step % stages_));
+        copy_side<kCopiesA>(to, from_a, a.base, step * kDepth, channels, aligned);
+        if (!same) copy_side<kCopiesB>(to + BM * kPitch, from_b, b.base, step * kDepth, channels, aligned);
+      }
+      copy_commit();
+    };
+    WmmaSum wmma[kWmma ? kMi : 1][kWmma ? kNi / 2 : 1] = {};
+    VIDTOK_UNROLL
+    for (int i = 0; i < kMi; ++i) {
+      VIDTOK_UNROLL
+      for (int j = 0; j < kNi; ++j) {
+        VIDTOK_UNROLL
+        for (int e = 0; e < 4; ++e) sum_[i][j][e] = 0;
+      }
+    }
+    block_sync();  // shared memory may still be in use
+    for (int i = 0; i < ahead; ++i) copy(i);
+    for (int64_t step = 0; step < steps; ++step) {
+      if (ahead == 0) {
+        block_sync();
+        copy(step);
+      }
+      if (ahead <= 1)
+        copy_wait<0>();
+      else if (ahead == 2)
+        copy_wait<1>();
+      else
+        copy_wait<2>();
+      block_sync();  // this step is there, and the step before is no longer read
+      if (ahead > 0) copy(step + ahead);
+      const unsigned char* const at = stage(int(step % stages_));
+      const unsigned char* const other = same ? at : at + BM * kPitch;
+      if constexpr (sizeof(T) == 4)
+        step_fma(at, other);
+      else if constexpr (kWmma)
+        step_wmma(at, other, wmma);
+      else
+        step_mma(at, other);
+    }
+    copy_wait<0>();
+    block_sync();
+    if constexpr (kWmma) reorder(wmma);
+  }
+
   // One step of all sums. Those of a step start at zero and are added to the rest, which keeps errors small.
   VIDTOK_DEVICE void step_fma(const unsigned char* a, const unsigned char* b) {
     using Four = Vec<float, 4>;
@@ -234,6 +244,7 @@ class GramTile {
 
   VIDTOK_DEVICE void step_wmma(const unsigned char* a, const unsigned char* b, WmmaSum (&sum)[kMi][kNi / 2]) {
     constexpr int kStride = kPitch / 2;
+    if (!Same<T, f16>::value) trap();
     const f16* const rows = reinterpret_cast<const f16*>(a + warp() / kColWarps * TM * kPitch);
     const f16* const cols = reinterpret_cast<const f16*>(b + warp() % kColWarps * TN * kPitch);
     VIDTOK_UNROLL
