@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/bipartite.h"
 #include "cuda/plan_apply.h"
 #include "cuda/pool_packed.h"
 #include "cuda/position_remap.h"
@@ -155,4 +156,27 @@ PYBIND11_MODULE(_cuda, m) {
       };
   m.def("pool_packed", pool(cuda::pool_packed));
   m.def("pool_packed_backward", pool(cuda::pool_packed_backward));
+  m.def("bipartite_workspace", &cuda::bipartite_workspace);
+  // Bipartite matching; with x, the merge by it. cu_out is given with cu.
+  const auto bipartite = [](uintptr_t metric, int dtype, int64_t heads, int64_t cm, int64_t metric_batch,
+                            int64_t metric_head, int64_t metric_row, uintptr_t size, uintptr_t mask, uintptr_t cu,
+                            int64_t batch, int64_t tokens, int64_t r, int64_t prefix, int64_t rows, int64_t longest,
+                            uintptr_t cu_in, uintptr_t cu_out, uintptr_t anchor, uintptr_t member, uintptr_t offset,
+                            uintptr_t weight, uintptr_t x, int x_dtype, int64_t c, int64_t x_batch, int64_t x_row,
+                            uintptr_t y, uintptr_t total, uintptr_t workspace, bool one_block, int tile,
+                            uintptr_t stream, uintptr_t error, int sm, int sms) {
+    BipartiteArgs args{};
+    args.metric = ptr<const void>(metric), args.metric_dtype = static_cast<DType>(dtype);
+    args.heads = heads, args.cm = cm;
+    args.metric_batch = metric_batch, args.metric_head = metric_head, args.metric_row = metric_row;
+    args.size = ptr<const float>(size), args.mask = ptr<const uint8_t>(mask), args.cu = ptr<const int32_t>(cu);
+    args.batch = batch, args.tokens = tokens, args.r = r, args.prefix = prefix, args.m = rows;
+    args.cu_in = ptr<int32_t>(cu_in), args.cu_out = ptr<int32_t>(cu_out), args.anchor = ptr<int32_t>(anchor);
+    args.member = ptr<int32_t>(member), args.offset = ptr<int32_t>(offset), args.weight = ptr<float>(weight);
+    args.x = ptr<const void>(x), args.x_dtype = static_cast<DType>(x_dtype), args.c = c;
+    args.x_batch = x_batch, args.x_row = x_row, args.y = ptr<void>(y), args.total = ptr<float>(total);
+    return int(cuda::bipartite(args, longest, ptr<void>(workspace), {one_block, tile}, launch(stream, error, sm, sms)));
+  };
+  m.def("bipartite_match", bipartite);
+  m.def("bipartite_merge", bipartite);
 }
