@@ -18,8 +18,8 @@ def previous_careful(x: Tensor) -> Tensor:
     """Norms once; products of one frame at a time in one buffer that stays in the cache."""
     frames, slots, c = x.shape
     norm = torch.linalg.vector_norm(x, dim=-1)
-    score = torch.full((frames, slots), -torch.inf)
-    product = torch.empty(slots, c)
+    score = x.new_full((frames, slots), -torch.inf)
+    product = x.new_empty(slots, c)
     for t in range(1, frames):
         torch.mul(x[t], x[t - 1], out=product)
         torch.sum(product, -1, out=score[t])
@@ -39,8 +39,8 @@ def window_careful(x: Tensor, width: int) -> Tensor:
     """The same from the norm of the sum of unit rows, summed frame by frame in one buffer."""
     frames, slots, c = x.shape
     inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).reciprocal_()
-    score = torch.empty(frames // width, slots)
-    total = torch.empty(slots, c)
+    score = x.new_empty(frames // width, slots)
+    total = x.new_empty(slots, c)
     for segment, first in enumerate(range(0, frames, width)):
         torch.mul(x[first], inverse[first], out=total)
         for t in range(first + 1, first + width):

@@ -48,15 +48,17 @@ def careful(x: Tensor, metric: Tensor, r: int) -> tuple[Tensor, Tensor]:
     edge = best.argsort(-1, descending=True)
     unmerged, source = edge[:, r:].sort(1)[0], edge[:, :r]
     destination = node.gather(1, source)
-    base = torch.arange(batch)[:, None] * tokens
-    odd = torch.arange(1, tokens, 2)[None].expand(batch, -1)
+    first = torch.arange(batch, device=x.device)[:, None]
+    base = first * tokens
+    odd = torch.arange(1, tokens, 2, device=x.device)[None].expand(batch, -1)
     order = (torch.cat([2 * unmerged, odd], 1) + base).view(-1)
     rows = x.reshape(-1, c)
     out = rows.index_select(0, order)
     kept = tokens - r
-    into = (destination + unmerged.shape[1] + torch.arange(batch)[:, None] * kept).view(-1)
+    into = (destination + unmerged.shape[1] + first * kept).view(-1)
     out.index_add_(0, into, rows.index_select(0, (2 * source + base).view(-1)))
-    size = torch.ones(batch * kept).index_add_(0, into, torch.ones(into.shape[0]))
+    ones = torch.ones(batch * kept, device=x.device)
+    size = ones.index_add_(0, into, torch.ones(into.shape[0], device=x.device))
     met = (size > 1).nonzero().squeeze(1)
-    out[met] = out[met] / size[met, None]
+    out[met] = (out[met] / size[met, None]).to(out.dtype)
     return out.view(batch, kept, c), size.view(batch, kept, 1)

@@ -17,9 +17,9 @@ def eager(x: Tensor, clusters: int, k: int) -> tuple[Tensor, Tensor]:
     largest = distance.flatten(1).max(dim=-1)[0][:, None, None]
     parent = (distance * higher + largest * (1 - higher)).min(dim=-1).values
     center = torch.topk(parent * density, k=clusters, dim=-1).indices
-    rows = torch.arange(batch)[:, None]
+    rows = torch.arange(batch, device=x.device)[:, None]
     assignment = distance[rows, center].argmin(dim=1)
-    assignment[rows, center] = torch.arange(clusters)[None].expand(batch, -1)
+    assignment[rows, center] = torch.arange(clusters, device=x.device)[None].expand(batch, -1)
     return assignment, center
 
 
@@ -35,7 +35,7 @@ def careful(x: Tensor, clusters: int, k: int) -> tuple[Tensor, Tensor]:
     parent = torch.where(torch.isinf(parent), squared.max(), parent)
     center = (parent.sqrt() * density).topk(clusters).indices
     assignment = squared.index_select(0, center).argmin(0)
-    assignment[center] = torch.arange(clusters)
+    assignment[center] = torch.arange(clusters, device=x.device)
     return assignment, center
 
 

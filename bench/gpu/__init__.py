@@ -1,0 +1,1 @@
+"""Benchmarks on a GPU: ``bench/gpu/run.sh`` does everything; ``python -m bench.gpu`` measures alone."""
