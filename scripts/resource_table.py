@@ -51,7 +51,7 @@ def warps_by_registers(sm: int, registers: int) -> int:
 
 
 def warps_of_blocks(sm: int, registers: int, shared: int, warps: int) -> int:
-    """Warps an SM can hold of blocks of ``warps`` warps and ``shared`` bytes, each with 1 KB for the system from sm_80."""
+    """Warps an SM can hold of blocks of ``warps`` warps and ``shared`` bytes (and 1 KB of the system, from sm_80)."""
     blocks = warps_by_registers(sm, registers) // warps
     per_block = shared + (1024 if sm >= 80 else 0)
     if per_block:
@@ -107,14 +107,15 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 def differences(now: Iterable[Row], table: Iterable[Row], ops: Collection[str], script: str) -> list[str]:
     """One sentence per regression against the table; of ``ops`` only."""
     known = {row.key: row for row in table if row.op in ops}
-    out = []
+    out: list[str] = []
+    new: dict[tuple[str, str], list[int]] = {}
     for row in now:
         name = f"{row.op}: {row.kernel} on sm_{row.sm}"
         if row.spills:
             out.append(f"{name} spills {row.spills} bytes of registers ({row.compiler}); kernels may not spill")
         old = known.pop(row.key, None)
         if old is None:
-            out.append(f"{name} has no row in the table; run {script} --write")
+            new.setdefault(row.key[:2], []).append(row.sm)
             continue
         for field, slack in (("registers", SLACK), ("stack", 0), ("shared", 0)):
             before, after = getattr(old, field), getattr(row, field)
@@ -124,7 +125,13 @@ def differences(now: Iterable[Row], table: Iterable[Row], ops: Collection[str], 
                     f"{name} needs {after} {unit} ({row.compiler}), the table has {before} ({old.compiler}); "
                     f"where that is meant, run {script} --write"
                 )
-    out += [f"{op}: {kernel} on sm_{sm} is in the table only; run {script} --write" for op, kernel, sm in known]
+    gone: dict[tuple[str, str], list[int]] = {}
+    for op, kernel, sm in known:
+        gone.setdefault((op, kernel), []).append(sm)
+    for what, kernels in (("has no row in the table", new), ("is in the table only", gone)):
+        for (op, kernel), sms in kernels.items():
+            on = ", ".join(f"sm_{sm}" for sm in sorted(sms))
+            out.append(f"{op}: {kernel} on {on} {what}; run {script} --write")
     return out
 
 
@@ -132,13 +139,13 @@ def settle(now: list[Row], path: Path, ops: Collection[str], every: Collection[s
     """Write the table or compare with it; the exit status."""
     table = read(path)
     if writes:
-        spills = [line for line in differences(now, now, ops, script) if "spills" in line]
+        faults = differences(now, now, ops, script)  # what no table excuses
         write(path, [row for row in table if row.op in every and row.op not in ops] + now)
         print(f"{path.name}: {len(now)} rows of {len(ops)} operators written")
     else:
         # An operator that is gone keeps no rows.
-        spills = differences(now, table, {*ops, *({row.op for row in table} - set(every))}, script)
+        faults = differences(now, table, {*ops, *({row.op for row in table} - set(every))}, script)
         print(f"{path.name}: {len(now)} kernels of {len(ops)} operators compared")
-    for line in spills:
+    for line in faults:
         print(line)
-    return 1 if spills else 0
+    return 1 if faults else 0
