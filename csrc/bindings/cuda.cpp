@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/adjacent_similarity.h"
 #include "cuda/bipartite.h"
 #include "cuda/plan_apply.h"
 #include "cuda/pool_packed.h"
@@ -179,4 +180,13 @@ PYBIND11_MODULE(_cuda, m) {
   };
   m.def("bipartite_match", bipartite);
   m.def("bipartite_merge", bipartite);
+  m.def("adjacent_similarity", [](uintptr_t x, uintptr_t y, int dtype, int64_t n, int64_t c, int64_t x_stride, int to,
+                                  uintptr_t runs, int64_t num_runs, int64_t pieces, int64_t step, uintptr_t center,
+                                  uintptr_t cu_seqlens, int64_t sequences, int warps, uintptr_t stream, uintptr_t error,
+                                  int sm, int sms) {
+    return int(cuda::adjacent_similarity({ptr<const void>(x), ptr<float>(y), static_cast<DType>(dtype), n, c, x_stride,
+                                          static_cast<SimilarTo>(to), ptr<const int64_t>(runs), num_runs, pieces, step,
+                                          ptr<const void>(center), ptr<const int32_t>(cu_seqlens), sequences},
+                                         {warps}, launch(stream, error, sm, sms)));
+  });
 }
