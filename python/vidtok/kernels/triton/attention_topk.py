@@ -229,11 +229,11 @@ def _layout(
     return _Layout(pieces, offsets, budgets, longest, order == sorted(order))
 
 
-def _tiles(rows: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(query rows at once, depth of a product's step, steps)."""
-    most = 32 if dtype == torch.float32 else 128
-    depth = power_of_2(dim, 16, most)
-    return power_of_2(rows, 16, 16 if dtype == torch.float32 else 64), depth, max(1, ceil_div(dim, depth))
+def _tiles(rows: int, dim: int, dtype: torch.dtype, warps: int) -> tuple[int, int, int]:
+    """(query rows at once, depth of a product's step, steps); more than the warps' registers hold would spill."""
+    single = dtype == torch.float32
+    depth = power_of_2(dim, 16, 16 if single else 128)
+    return power_of_2(rows, 16, 16 if single else min(64, 8 * warps)), depth, max(1, ceil_div(dim, depth))
 
 
 def attention_topk(
@@ -265,8 +265,10 @@ def attention_topk(
     rows = heads // kv_heads * width
     shape = {"length": length, "q_heads": heads, "kv_heads": kv_heads, "dim": dim, "rows": width}
     knobs = choice("attention_topk", key, shape)
-    launch = {"num_warps": knobs["num_warps"], "num_stages": knobs["num_stages"], **LAUNCH}
-    block_m, depth, steps = _tiles(rows, dim, key.dtype)
+    # One warp's registers do not hold a tile.
+    warps = max(2, knobs["num_warps"])
+    launch = {"num_warps": warps, "num_stages": knobs["num_stages"], **LAUNCH}
+    block_m, depth, steps = _tiles(rows, dim, key.dtype, warps)
     splits, tiles, all_rows = ceil_div(length, knobs["split"]), ceil_div(rows, block_m), batch * kv_heads * rows
     # Kept logits are written and read once, at most half as many bytes as the keys.
     kept = 8 * rows <= dim * key.element_size()
@@ -291,7 +293,7 @@ def attention_topk(
                 combine[(ceil_div(all_rows, 16),)](partial, whole, all_rows, plane, splits, BLOCK_M=16, **LAUNCH)
         if kept:
             # No product is taken here: any number of rows will do.
-            block_m, columns = power_of_2(rows, 1, 16), _COLUMNS
+            block_m, columns = power_of_2(rows, 1, 16), min(_COLUMNS, 128 * warps)
             sizes = (*sizes[:6], ceil_div(rows, block_m), *sizes[7:])
         else:
             columns = _KEYS
@@ -317,44 +319,22 @@ def specimens() -> list[Specimen]:
         name = str(dtype).removeprefix("torch.")
         inputs = {"query": pointer, "key": pointer, "partial": "*fp32"}
         outputs = {"piece": "*i64", "score": "*fp32", "place": "*i32", "blocks": "i32"}
-        for rows in (7, 448):
+        for rows, warps in ((7, 4), (448, 4), (7, 2), (448, 2)):
             few = rows == 7
-            block_m, depth, steps = _tiles(rows, 128, dtype)
+            block_m, depth, steps = _tiles(rows, 128, dtype, warps)
             tile = {"BLOCK_D": depth, "STEPS": steps}
             seen: dict[str, Any] = {"mask": None, "position": None} if few else {}
             extra = {} if few else {"mask": "*u8", "position": "*i64"}
             first = {**inputs, **numbers, **extra, **({"logit": "*fp32"} if few else {})}
-            found.append(
-                Specimen(
-                    f"attention_topk sums of {rows} rows {name}",
-                    split_sums,
-                    first,
-                    {
-                        **seen,
-                        **({} if few else {"logit": None}),
-                        "SPLIT": 256,
-                        "BLOCK_M": block_m,
-                        "BLOCK_N": 64,
-                        **tile,
-                    },
-                    4,
-                    2,
-                    aligned,
-                )
-            )
+            fixed = {**seen, "SPLIT": 256, "BLOCK_M": block_m, "BLOCK_N": _KEYS, **tile}
+            if not few:
+                fixed["logit"] = None
+            kind = f"of {rows} rows {name}, warps {warps}"
+            found.append(Specimen(f"attention_topk sums {kind}", split_sums, first, fixed, warps, 2, aligned))
             second = {**first, **outputs, **({} if few else {"whole": "*fp32", "packed": "*fp32"})}
             unused: dict[str, Any] = {"whole": None, "packed": None} if few else {"logit": None}
-            block = {"BLOCK_M": 8, "BLOCK_N": _COLUMNS} if few else {"BLOCK_M": block_m, "BLOCK_N": _KEYS}
-            found.append(
-                Specimen(
-                    f"attention_topk scores of {rows} rows {name}",
-                    scores,
-                    second,
-                    {**seen, **unused, "USE_MAX": not few, **block, **tile},
-                    4,
-                    2,
-                    aligned,
-                )
-            )
+            block = {"BLOCK_M": 8, "BLOCK_N": 128 * warps} if few else {"BLOCK_M": block_m, "BLOCK_N": _KEYS}
+            fixed = {**seen, **unused, "USE_MAX": not few, **block, **tile}
+            found.append(Specimen(f"attention_topk scores {kind}", scores, second, fixed, warps, 2, aligned))
     signature = {"partial": "*fp32", "whole": "*fp32", "rows": "i32", "plane": "i32", "splits": "i32"}
     return [*found, Specimen("attention_topk combination", combine, signature, {"BLOCK_M": 16})]

@@ -406,11 +406,11 @@ def _extent(metric: Tensor, r: int, protected: int, mask: Tensor | None, cu: Ten
     )
 
 
-def _shape(dtype: torch.dtype, heads: int, dim: int, tile: int) -> tuple[int, int]:
-    """(tile, depth): fp32 products are FMA in registers, which hold smaller tiles."""
+def _shape(dtype: torch.dtype, heads: int, dim: int, tile: int, warps: int) -> tuple[int, int]:
+    """(tile, depth): no more than the warps' registers hold; fp32 products are FMA, which hold more of them."""
     if dtype == torch.float32 or heads > 1:
         return min(tile, 32), 16
-    return min(tile, 64), power_of_2(dim, 16, 64)
+    return min(tile, 64 if warps >= 4 else 32), power_of_2(dim, 16, 64)
 
 
 def _call(
@@ -447,8 +447,10 @@ def _call(
         # One shape for all batches: the tile decides which instructions multiply, and so the last bits.
         canonical = {"batch": 32, "tokens": 1024, "dim": dim, "channels": 1024, "heads": 1}
         knobs = choice("bipartite", metric, canonical)
-        tile, depth = _shape(metric.dtype, heads, dim, knobs["tile"])
-        launch = {"num_warps": knobs["num_warps"], "num_stages": knobs["num_stages"], **LAUNCH}
+        # One warp's registers do not hold a tile.
+        warps = max(2, knobs["num_warps"])
+        tile, depth = _shape(metric.dtype, heads, dim, knobs["tile"], warps)
+        launch = {"num_warps": warps, "num_stages": knobs["num_stages"], **LAUNCH}
         state = ints(3 * n)
         plan = None if extent.plan is None else device_list(extent.plan, metric)
         kept = None if mask is None else mask.view(torch.uint8)
@@ -517,17 +519,17 @@ def specimens() -> list[Specimen]:
     aligned = ("metric", "x", "y", "dim", "by_batch", "by_head", "by_row", "channels", *lists)
     for dtype, pointer in POINTER.items():
         name = str(dtype).removeprefix("torch.")
-        for heads in (1, 16):
-            tile, depth = _shape(dtype, heads, 64, 64)
+        for heads, warps in ((1, 4), (16, 4), (1, 2), (1, 8)):
+            tile, depth = _shape(dtype, heads, 64, 64, warps)
             form = {"HEADS": heads > 1, "STEPS": int(cosine_steps(dtype)), "TILE": tile, "DEPTH": depth}
-            kind = f"{heads} heads {name}"
+            kind = f"{heads} heads {name}, warps {warps}"
             found += [
                 Specimen(
                     f"bipartite match and list {kind}",
                     match_and_list,
                     {"metric": pointer, **lists, **tokens, **sizes, "last": "i32"},
                     {**dense, **form},
-                    4,
+                    warps,
                     2,
                     aligned,
                 ),
@@ -536,7 +538,7 @@ def specimens() -> list[Specimen]:
                     match,
                     {"metric": pointer, **ragged, "state": "*i32", **tokens, **sizes, "strips": "i32"},
                     form,
-                    4,
+                    warps,
                     2,
                     aligned,
                 ),
