@@ -49,7 +49,11 @@ def _dots(path: Path, title: str, label: str, points: dict[str, list[tuple[str, 
 
 def draw(path: Path) -> list[Path]:
     """Write ``<name>-limit.png`` and ``<name>-speedup.png`` beside the CSV."""
-    rows = read(path)
+    return draw_rows(read(path), path)
+
+
+def draw_rows(rows: list[Row], path: Path) -> list[Path]:
+    """The same from rows that are at hand."""
     where = f"{rows[0].machine}, cold cache"
     limit = {k: [(r.role, r.over_limit) for r in v if r.over_limit] for k, v in _cases(rows).items()}
     faster = {k: [(r.role, r.speedup) for r in v if r.role != "vidtok" and r.speedup] for k, v in _cases(rows).items()}

@@ -14,6 +14,7 @@ from bench.baselines import bipartite, pool
 from bench.baselines import cluster_dpc_knn as cluster
 from bench.baselines import prunevid as published
 from bench.case import Case, Inputs, Provider, Target, compiled, tokens
+from bench.suites.attention_topk import DIM, HEADS, KV_HEADS
 from bench.suites.bipartite import _packed as merged
 from bench.suites.plan_apply import gather_plan
 from bench.suites.prunevid import OPTIONS, _unordered, _video, operator_work
@@ -96,7 +97,7 @@ def attention_cases(device: torch.device, dtype: torch.dtype, tiny: bool) -> lis
     """One query row of 28 heads on 4 KV heads; half of the tokens are kept."""
     out = []
     for n in (64,) if tiny else (6400, 23328, 65536):
-        keep, heads, kv, dim = n // 2, 28, 4, 128
+        keep = n // 2
         size = torch.finfo(dtype).bits // 8
         f = compiled(attention.eager)
         out.append(
@@ -105,8 +106,8 @@ def attention_cases(device: torch.device, dtype: torch.dtype, tiny: bool) -> lis
                 f"{n} tokens, 28 on 4 heads",
                 _device_inputs(
                     lambda seed, n=n: {
-                        "query": tokens(seed, 1, heads, 1, dim),
-                        "key": tokens(seed + 1, 1, kv, n, dim) / 4,
+                        "query": tokens(seed, 1, HEADS, 1, DIM),
+                        "key": tokens(seed + 1, 1, KV_HEADS, n, DIM) / 4,
                     },
                     device,
                     dtype,
@@ -134,7 +135,7 @@ def attention_cases(device: torch.device, dtype: torch.dtype, tiny: bool) -> lis
                         ROUNDED,
                     ),
                 ),
-                ((float(size * kv * n * dim + 4 * n + 8 * keep), 2.0 * heads * n * dim),),
+                ((float(size * KV_HEADS * n * DIM + 4 * n + 8 * keep), 2.0 * HEADS * n * DIM),),
                 (Target("limit", 1.5), Target("eager", 10), Target("compile", 2)),
                 Provider(
                     "compile",

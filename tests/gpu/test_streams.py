@@ -82,7 +82,7 @@ def test_the_next_call_raises_what_an_earlier_one_reported(backend, device):
 
 def test_tensors_on_two_devices_are_refused(backend, device):
     plan = Plan.identity([3])
-    with pytest.raises((ValueError, RuntimeError), match="device|cuda|cpu"):
+    with pytest.raises((ValueError, RuntimeError), match=r"device|cuda|cpu"):
         ops.plan_apply(plan, torch.ones(3, 64, device=device))
 
 

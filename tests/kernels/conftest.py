@@ -1,4 +1,4 @@
-"""GPU kernels in their stand-ins: each module here runs only where its stand-in is asked for (see ``make gpu-check``)."""
+"""GPU kernels in their stand-ins: each module runs only where its stand-in is asked for (``make gpu-check``)."""
 
 from __future__ import annotations
 
