@@ -8,6 +8,7 @@
 
 #include "cuda/adjacent_similarity.h"
 #include "cuda/bipartite.h"
+#include "cuda/cluster_dpc_knn.h"
 #include "cuda/plan_apply.h"
 #include "cuda/pool_packed.h"
 #include "cuda/position_remap.h"
@@ -189,4 +190,29 @@ PYBIND11_MODULE(_cuda, m) {
                                           ptr<const void>(center), ptr<const int32_t>(cu_seqlens), sequences},
                                          {warps}, launch(stream, error, sm, sms)));
   });
+  const auto clusters = [](uintptr_t x, int dtype, int64_t n, int64_t c, int64_t x_stride, uintptr_t cu_seqlens,
+                           int64_t segments, uintptr_t num_clusters, int64_t num_counts, int64_t k,
+                           uintptr_t assignment, uintptr_t center, int64_t workspace, uintptr_t cu_host,
+                           int64_t num_center) {
+    return cuda::ClusterDpcKnnCall{
+        {ptr<const void>(x), static_cast<DType>(dtype), n, c, x_stride, ptr<const int32_t>(cu_seqlens), segments,
+         ptr<const int64_t>(num_clusters), num_counts, k, ptr<int64_t>(assignment), ptr<int64_t>(center), workspace, 0},
+        ptr<const int32_t>(cu_host),
+        num_center};
+  };
+  m.def("cluster_dpc_knn_workspace", [clusters](int64_t n, uintptr_t cu_seqlens, int64_t segments, int64_t workspace,
+                                                uintptr_t cu_host, int64_t num_center) {
+    return cuda::cluster_dpc_knn_workspace(
+        clusters(0, 0, n, 0, 0, cu_seqlens, segments, 0, 1, 1, 0, 0, workspace, cu_host, num_center));
+  });
+  m.def(
+      "cluster_dpc_knn",
+      [clusters](uintptr_t x, int dtype, int64_t n, int64_t c, int64_t x_stride, uintptr_t cu_seqlens, int64_t segments,
+                 uintptr_t num_clusters, int64_t num_counts, int64_t k, uintptr_t assignment, uintptr_t center,
+                 int64_t room, uintptr_t cu_host, int64_t num_center, uintptr_t workspace, int tile, int warps,
+                 int stages, uintptr_t stream, uintptr_t error, int sm, int sms) {
+        return int(cuda::cluster_dpc_knn(clusters(x, dtype, n, c, x_stride, cu_seqlens, segments, num_clusters,
+                                                  num_counts, k, assignment, center, room, cu_host, num_center),
+                                         ptr<void>(workspace), {tile, warps, stages}, launch(stream, error, sm, sms)));
+      });
 }

@@ -144,13 +144,15 @@ class GramTile {
     const bool aligned = (bits(a) | bits(b) | uintptr_t(channels * int64_t(sizeof(T)))) % 16 == 0;
     const int64_t steps = (channels + kDepth - 1) / kDepth;
     const int ahead = stages_ - 1;
+    int read = 0, write = 0;  // stages
     const auto copy = [&](int64_t step) {
       if (step < steps) {
-        unsigned char* const to = stage(int(step % stages_));
+        unsigned char* const to = stage(write);
         copy_side<kCopiesA>(to, from_a, a.base, step * kDepth, channels, aligned);
         if (!same) copy_side<kCopiesB>(to + BM * kPitch, from_b, b.base, step * kDepth, channels, aligned);
       }
       copy_commit();
+      write = write + 1 == stages_ ? 0 : write + 1;
     };
     WmmaSum wmma[kWmma ? kMi : 1][kWmma ? kNi / 2 : 1] = {};
     VIDTOK_UNROLL
@@ -176,7 +178,8 @@ class GramTile {
         copy_wait<2>();
       block_sync();  // this step is there, and the step before is no longer read
       if (ahead > 0) copy(step + ahead);
-      const unsigned char* const at = stage(int(step % stages_));
+      const unsigned char* const at = stage(read);
+      read = read + 1 == stages_ ? 0 : read + 1;
       const unsigned char* const other = same ? at : at + BM * kPitch;
       if constexpr (sizeof(T) == 4)
         step_fma(at, other);
