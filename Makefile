@@ -19,9 +19,10 @@ HF_OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 export PYTHONDONTWRITEBYTECODE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-CHECKS := lint isa transformers-4.57.6 transformers-5.17.0 asan tsan packaging docs examples bench-smoke slow
+GPU_CHECKS := gpu-host gpu-asan gpu-triton gpu-compile
+CHECKS := lint isa transformers-4.57.6 transformers-5.17.0 asan tsan packaging docs examples bench-smoke slow $(GPU_CHECKS)
 
-.PHONY: help venv build install demo test check bench clean $(addprefix check-,$(CHECKS))
+.PHONY: help venv build install demo test check gpu-check bench clean $(addprefix check-,$(CHECKS))
 .DEFAULT_GOAL := help
 
 help:
@@ -53,6 +54,22 @@ _test: install
 
 check: install
 	@$(MAKE) -k --no-print-directory $(addprefix check-,$(CHECKS))
+
+# The GPU kernels without a GPU: on the host, in Triton's interpreter, and compiled for every SM.
+gpu-check: install
+	@$(MAKE) -k --no-print-directory $(addprefix check-,$(GPU_CHECKS))
+
+check-gpu-host: venv
+	$(TIMED) gpu-host 6 bash -c 'scripts/gpu_host $(PYTHON) 80 && scripts/gpu_host $(PYTHON) 70'
+
+check-gpu-asan: venv
+	$(TIMED) gpu-asan 7 scripts/gpu_host $(PYTHON) 80 address,undefined
+
+check-gpu-triton: install
+	$(TIMED) gpu-triton 5 env TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 tests/kernels/test_triton.py
+
+check-gpu-compile: venv
+	$(TIMED) gpu-compile 6 bash -c '$(PYTHON) scripts/cuda_compile && $(PYTHON) scripts/triton_compile'
 
 check-lint: venv
 	$(TIMED) lint 2 scripts/lint $(PYTHON)

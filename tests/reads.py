@@ -32,7 +32,23 @@ def marked(t: Any) -> bool:
     return isinstance(t, Tensor) and getattr(t, "_on_device", False)
 
 
+class _Count:
+    """How many reads are still allowed."""
+
+    def __init__(self, allowed: int) -> None:
+        self.left = allowed
+
+    def read(self, what: str) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Read(what)
+
+
 class _Follow(TorchDispatchMode):
+    def __init__(self, count: _Count) -> None:
+        super().__init__()
+        self.count = count
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -40,10 +56,10 @@ class _Follow(TorchDispatchMode):
             name = str(func).removeprefix("aten.")
             sized = kwargs.get("output_size") is not None
             if any(name.startswith(r) for r in READS) and not sized:
-                raise Read(name)
+                self.count.read(name)
             masks = [t for t in tree_leaves(args[1:2]) if isinstance(t, Tensor) and t.dtype == torch.bool]
             if name.startswith(("index.Tensor", "index_put")) and masks:
-                raise Read(f"{name} by a mask")
+                self.count.read(f"{name} by a mask")
         out = func(*args, **kwargs)
         if any(marked(t) for t in inputs):
             for t in tree_leaves(out):
@@ -53,15 +69,16 @@ class _Follow(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def no_reads() -> Iterator[None]:
-    """Inside, reading a marked tensor, or one made from it, raises :class:`Read`."""
+def no_reads(allowed: int = 0) -> Iterator[None]:
+    """Inside, reading a marked tensor, or one made from it, more often than ``allowed`` raises :class:`Read`."""
+    count = _Count(allowed)
     names = ("tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__")
     originals = {name: getattr(Tensor, name) for name in names}
 
     def guard(name: str) -> Any:
         def call(self: Tensor, *args: Any, **kwargs: Any) -> Any:
             if marked(self):
-                raise Read(name)
+                count.read(name)
             return originals[name](self, *args, **kwargs)
 
         return call
@@ -69,7 +86,7 @@ def no_reads() -> Iterator[None]:
     try:
         for name in names:
             setattr(Tensor, name, guard(name))
-        with _Follow():
+        with _Follow(count):
             yield
     finally:
         for name, original in originals.items():

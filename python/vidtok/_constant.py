@@ -16,7 +16,9 @@ _captured: list[Tensor] = []
 def _upload(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("expected a call with the same counts before the capture of a CUDA graph, got none")
-    return torch.tensor(values, dtype=dtype, device=device)
+    out = torch.tensor(values, dtype=dtype)
+    # From pinned memory the copy does not wait for the kernels before it.
+    return out.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else out.to(device)
 
 
 def shared(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -31,7 +31,7 @@ def offsets(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tenso
     return constant([0, *accumulate(int(n) for n in lengths)], torch.int32, device)
 
 
-def _compact(mask: Tensor, count: int | None) -> Tensor:
+def compact(mask: Tensor, count: int | None) -> Tensor:
     """Indices of the True entries; without a wait for the device when their ``count`` is known."""
     if count is None:
         return torch.nonzero(mask).squeeze(1)
@@ -114,18 +114,29 @@ class Plan:
 
     @classmethod
     def from_assignment(
-        cls, assignment: Tensor, anchor: Tensor, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor, num_in: int
+        cls,
+        assignment: Tensor,
+        anchor: Tensor,
+        cu_seqlens_in: Tensor,
+        cu_seqlens_out: Tensor,
+        num_in: int,
+        *,
+        partition: bool = False,
     ) -> Plan:
         """Plan of plain means: token ``i`` belongs to output ``assignment[i]`` (−1: to none).
 
-        ``assignment`` int ``[N]``; ``anchor`` int ``[M]``. Members ascend inside each output.
+        ``assignment`` int ``[N]``; ``anchor`` int ``[M]``. Members ascend inside each output. ``partition``
+        says that every token belongs to an output, so that the device need not be asked.
         """
         m = anchor.shape[0]
-        member = torch.nonzero(assignment >= 0).squeeze(1)
-        owner = assignment[member].long()
-        order = torch.argsort(owner, stable=True)
-        member, owner = member[order], owner[order]
-        count = torch.bincount(owner, minlength=m)
+        if partition:
+            owner, member = torch.sort(assignment.long(), stable=True)
+        else:
+            member = torch.nonzero(assignment >= 0).squeeze(1)
+            owner, order = torch.sort(assignment[member].long(), stable=True)
+            member = member[order]
+        count = torch.zeros(m, dtype=torch.int64, device=anchor.device)
+        count.index_add_(0, owner, torch.ones_like(owner))
         offset = torch.zeros(m + 1, dtype=torch.int32, device=anchor.device)
         offset[1:] = count.cumsum(0)
         weight = (1.0 / count.to(torch.float32))[owner]
@@ -409,7 +420,7 @@ class Plan:
         kept[anchors] = True
         slot = torch.full((total,), -1, dtype=torch.int64, device=device)
         slot[anchors] = torch.arange(self.num_out, device=device)
-        position = _compact(kept, None if after is None else sum(after))
+        position = compact(kept, None if after is None else sum(after))
         source = slot[position]
         row = _segment_ids(cu_seqlens, total)[position]
         if after is None:

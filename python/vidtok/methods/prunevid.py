@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from vidtok import ops
+from vidtok._constant import constant
 from vidtok.methods import _common
 from vidtok.methods._common import Grid, GridLike, Method
-from vidtok.plan import Plan
+from vidtok.plan import Plan, compact
 
 # Groups of up to this many tokens are kept as they are, as published.
 KEPT_WHOLE = 14
@@ -65,7 +66,7 @@ def refine(labels: Sequence[int]) -> list[int]:
 
 def _blocks(length: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Block of each of Σ length entries and its place inside the block, int64."""
-    sizes = torch.tensor(length, dtype=torch.int64, device=device)
+    sizes = constant(length, torch.int64, device)
     total = sum(length)
     owner = torch.repeat_interleave(torch.arange(len(length), device=device), sizes, output_size=total)
     return owner, torch.arange(total, device=device) - (sizes.cumsum(0) - sizes)[owner]
@@ -78,10 +79,10 @@ def _windows(x: Tensor, videos: Sequence[Grid], temporal_segment_ratio: float, k
         return [[t] if t else [] for t, _, _ in videos]
     frames = [h * w for t, h, w in videos for _ in range(t)]
     offset = _common.offsets(frames, x.device)
-    sizes = torch.tensor(frames, device=x.device)
+    sizes = constant(frames, torch.int64, x.device)
     mean = Plan(
-        offset[[0, -1]],
-        torch.tensor([0, len(frames)], dtype=torch.int32, device=x.device),
+        _common.offsets([x.shape[0]], x.device),
+        _common.offsets([len(frames)], x.device),
         offset[:-1],
         torch.arange(x.shape[0], dtype=torch.int32, device=x.device),
         offset,
@@ -107,27 +108,25 @@ def _temporal(
     returns the sizes of these groups. None stands for the identity.
     """
     window, slot = _blocks(slots, device)
-    start = torch.tensor([a for a, _ in _spans([w * n for w, n in zip(windows, slots)])], device=device)
-    index = torch.nonzero(static).squeeze(1)
-    frames = [n for w, n in zip(windows, slots) for _ in range(w)]
-    if index.numel() == 0:
-        return None, [0] * len(windows) + frames
-    width, step = torch.tensor(windows, device=device), torch.tensor(slots, device=device)
+    # The one place where the features decide how much there is: how many slots of each segment stand still.
+    still = torch.zeros(len(windows), dtype=torch.int64, device=device).index_add_(0, window, static.long()).tolist()
+    groups = still + [n - s for w, n, s in zip(windows, slots, still) for _ in range(w)]
+    if sum(still) == 0:
+        return None, groups
+    index = compact(static, sum(still))
+    start = constant([a for a, _ in _spans([w * n for w, n in zip(windows, slots)])], torch.int64, device)
+    width, step = constant(windows, torch.int64, device), constant(slots, torch.int64, device)
     own = window[index]
     first = start[own] + slot[index]
     copies = width[own]
-    total = int(copies.sum())
+    total = sum(w * s for w, s in zip(windows, still))
     rank = torch.arange(total, device=device)
     rank = rank - torch.repeat_interleave(copies.cumsum(0) - copies, copies, output_size=total)
     repeated = torch.repeat_interleave(torch.stack([first, step[own]]), copies, dim=1, output_size=total)
     member = repeated[0] + rank * repeated[1]
-    frame = _blocks(frames, device)[0]
     dynamic = torch.ones(num_in, dtype=torch.bool, device=device)
     dynamic[member] = False
-    rest = torch.nonzero(dynamic).squeeze(1)
-    groups = torch.cat(
-        [torch.bincount(own, minlength=len(windows)), torch.bincount(frame[rest], minlength=len(frames))]
-    )
+    rest = compact(dynamic, num_in - total)
     offset = torch.zeros(index.shape[0] + rest.shape[0] + 1, dtype=torch.int32, device=device)
     offset[1:] = torch.cat([copies, torch.ones_like(rest)]).cumsum(0)
     share = torch.repeat_interleave(1.0 / copies.float(), copies, output_size=total)
@@ -141,7 +140,7 @@ def _temporal(
         torch.cat([share, torch.ones(rest.shape[0], device=device)]),
         num_in,
     )
-    return plan, groups.tolist()
+    return plan, groups
 
 
 def prunevid(
@@ -216,9 +215,9 @@ def prunevid(
     if counts == lengths:
         return Plan.identity(lengths, device)
     cu_in, cu_out = (_common.offsets([n], device) for n in (z.shape[0], order.shape[0]))
-    plan = Plan.from_assignment(place[owner], center[order], cu_in, cu_out, z.shape[0])
+    plan = Plan.from_assignment(place[owner], center[order], cu_in, cu_out, z.shape[0], partition=True)
     if temporal is not None:
-        plan = temporal.compose(plan)
+        plan = temporal.compose(plan, partition=True)
     return replace(
         plan,
         cu_seqlens_in=_common.offsets(lengths, device),
