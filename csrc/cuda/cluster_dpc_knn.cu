@@ -217,7 +217,10 @@ __global__ void cluster_dpc_knn_norm_kernel(ClusterShape p, ClusterMemory m, con
 
 // Distances of a wave's segments; blocks walk over the tiles of all of them.
 template <class T, int TILE, int WARPS>
-__global__ void __launch_bounds__(WARPS* kWarp)
+__global__ void __launch_bounds__(WARPS* kWarp, TILE == 32    ? 5
+                                                : TILE == 128 ? 1
+                                                : WARPS == 4  ? 3
+                                                              : 2)
     cluster_dpc_knn_gram_kernel(ClusterShape p, ClusterMemory m, const T* x, int wave, int stages, int64_t tile_bytes) {
   VIDTOK_SMEM(shared);
   unsigned char* const memory = shared.take<unsigned char>(tile_bytes);
@@ -244,11 +247,12 @@ __global__ void __launch_bounds__(WARPS* kWarp)
     else
       tile.multiply(a, b, p.c);
     const ClusterScale scale(s.norm, p.c);
-    const int64_t pitch = cluster_pitch(s.n);
+    // Distances of a segment that is kept are fewer than 2^31.
+    const uint32_t pitch = uint32_t(cluster_pitch(s.n)), i_first = uint32_t(i0), j_first = uint32_t(j0);
     int32_t* const unit = m.unit + s.distance;
     tile.for_each([&](int row, int col, float& product) {
-      const int64_t i = i0 + row, j = j0 + col;
-      if (i > j || j >= s.n) return;
+      const uint32_t i = i_first + uint32_t(row), j = j_first + uint32_t(col);
+      if (i > j || j >= uint32_t(s.n)) return;
       const int32_t u = i == j ? 0 : scale.units(norm[row], norm[TILE + col], product);
       unit[i * pitch + j] = u;
       unit[j * pitch + i] = u;
@@ -428,7 +432,7 @@ constexpr int kClusterBins = 64;
 
 // Up to 32 neighbours come from lists; more from counting digits of 6, 6, 6 and 5 bits, a sweep for each.
 template <class T>
-__global__ void __launch_bounds__(kStripWarps* kWarp)
+__global__ void __launch_bounds__(kStripWarps* kWarp, 2)
     cluster_dpc_knn_density_swept_kernel(ClusterShape p, ClusterMemory m, const T* x, int waves, int stages,
                                          int64_t tile_bytes) {
   VIDTOK_SMEM(shared);
@@ -502,7 +506,7 @@ __global__ void __launch_bounds__(kStripWarps* kWarp)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kStripWarps* kWarp)
+__global__ void __launch_bounds__(kStripWarps* kWarp, 2)
     cluster_dpc_knn_higher_swept_kernel(ClusterShape p, ClusterMemory m, const T* x, int waves, int stages,
                                         int64_t tile_bytes) {
   VIDTOK_SMEM(shared);
@@ -526,7 +530,7 @@ __global__ void __launch_bounds__(kStripWarps* kWarp)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kStripWarps* kWarp)
+__global__ void __launch_bounds__(kStripWarps* kWarp, 2)
     cluster_dpc_knn_assign_swept_kernel(ClusterShape p, ClusterMemory m, const T* x, int waves, int stages,
                                         int64_t tile_bytes, int64_t* assignment) {
   VIDTOK_SMEM(shared);
@@ -740,6 +744,8 @@ int64_t cluster_dpc_knn_workspace(const ClusterDpcKnnCall& call) {
 
 Status cluster_dpc_knn(const ClusterDpcKnnCall& call, void* workspace, const ClusterDpcKnnChoice& choice,
                        const Launch& on) {
+  if (call.args.workspace / int64_t(sizeof(int32_t)) > 0x7fffffff)
+    return fail(Status::value, "expected fewer than 2^31 distances, got %lld bytes", (long long)call.args.workspace);
   switch (call.args.dtype) {
     case DType::f32:
       return run_clusters<float>(call, workspace, choice, on);
