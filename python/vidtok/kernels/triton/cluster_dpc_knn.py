@@ -552,21 +552,23 @@ def cluster_dpc_knn(x: Tensor, num_clusters: Tensor, k: int, cu_seqlens: Tensor 
         if stored:
             _gram[(tiles,)](x, norm, table, factor, distance, segments, *sizes, SEARCH=search, **blocks)
             _density[(n,)](distance, table, segment, unit, density, largest, k, **rows)
-        tokens, sweeps = (x, norm, table, segment, factor), (ceil_div(n, tile),)
+        # Sweeps hold more beside a tile than the Gram matrix does.
+        sweep = {**blocks, "TILE": min(tile, 64)}
+        tokens, sweeps = (x, norm, table, segment, factor), (ceil_div(n, sweep["TILE"]),)
         if swept:
             kept = power_of_2(min(k, longest), 16)
             kept = kept if kept <= LONGEST_LIST else 0
-            _swept_density[sweeps](*tokens, unit, density, largest, n, k, *sizes, LIST=kept, **blocks)
+            _swept_density[sweeps](*tokens, unit, density, largest, n, k, *sizes, LIST=kept, **sweep)
         if stored:
             _scores[(n,)](distance, table, segment, unit, density, largest, score, **rows)
         if swept:
-            _swept_scores[sweeps](*tokens, unit, density, largest, score, n, *sizes, **blocks)
+            _swept_scores[sweeps](*tokens, unit, density, largest, score, n, *sizes, **sweep)
         _rank[(ceil_div(n, 16),)](
             score, table, segment, rank, center, n, num_center, ROWS=16, BLOCK=128, num_warps=4, **LAUNCH
         )
         _assign[(n,)](distance, table, segment, rank, center, assignment, BLOCK=128, num_warps=1, **LAUNCH)
         if swept:
-            _swept_assign[sweeps](*tokens, rank, center, assignment, n, *sizes, **blocks)
+            _swept_assign[sweeps](*tokens, rank, center, assignment, n, *sizes, **sweep)
     _common.check(x)
     return assignment, center
 
