@@ -77,11 +77,17 @@ def test_some_candidates_are_ruled_out() -> None:
     large = (128, 8, 4)
     assert why[90][large] is None and why[80][large] is None
     for sm in (86, 89):
-        assert f"sm_{sm} has {99 * 1024}" in str(why[sm][large]) and "133120 bytes" in str(why[sm][large])
+        assert f"sm_{sm} has {99 * 1024}" in str(why[sm][large]) and "132352 bytes" in str(why[sm][large])
     assert "cp.async" in str(why[70][large]) and "2 at most" in str(why[70][large])
-    assert "registers per thread" in str(why[90][(128, 1, 2)])
-    one = tables.module("bipartite").candidates("cuda", GPUS[90], "float16", tables.shapes("bipartite", "float16")[3])
-    assert all("260" in str(c.rejected) for c in one if c.knobs["one_block"])
+    assert "made by 8 warps, not 4" in str(why[90][(128, 4, 2)])
+    triton = own.candidates("triton", GPUS[90], "float16", shape)
+    wide = [c.rejected for c in triton if c.knobs["tile"] == 128 and c.knobs["num_warps"] == 2]
+    assert wide and all("registers per thread" in str(text) for text in wide)
+    long = {"batch": 8, "tokens": 8192, "dim": 64, "channels": 1024, "heads": 1}
+    one = tables.module("bipartite").candidates("cuda", GPUS[86], "float16", long)
+    assert "bytes of shared memory per block, sm_86 has 101376" in str(
+        next(c.rejected for c in one if c.knobs == {"one_block": 1, "tile": 64})
+    )
 
 
 def test_no_bfloat16_on_sm70() -> None:
@@ -100,15 +106,11 @@ def changed(name: str, factor: float) -> Gpu:
 @pytest.mark.parametrize(
     "name,factor,operators",
     [
-        (
-            "sms",
-            0.25,
-            {"adjacent_similarity", "attention_topk", "bipartite", "cluster_dpc_knn", "plan_apply", "pool_packed"},
-        ),
-        ("sms", 4, {"position_remap", "topk_select"}),
-        ("shared", 0.5, {"attention_topk", "cluster_dpc_knn"}),
-        ("registers_sm", 0.25, {"attention_topk", "bipartite", "cluster_dpc_knn", "plan_apply", "pool_packed"}),
-        ("bandwidth", 0.25, {"attention_topk", "bipartite", "cluster_dpc_knn", "pool_packed", "position_remap"}),
+        ("sms", 0.25, {"attention_topk", "contour_select", "pool_packed", "position_remap", "topk_select"}),
+        ("sms", 2, {"adjacent_similarity", "bipartite", "cluster_dpc_knn", "plan_apply"}),
+        ("shared", 0.5, {"adjacent_similarity", "attention_topk", "bipartite", "cluster_dpc_knn", "topk_select"}),
+        ("registers_sm", 0.5, {"adjacent_similarity", "attention_topk", "bipartite", "cluster_dpc_knn", "plan_apply"}),
+        ("bandwidth", 0.25, {"attention_topk", "bipartite", "cluster_dpc_knn", "plan_apply", "pool_packed"}),
         ("tensor16", 0.25, {"bipartite", "cluster_dpc_knn"}),
         ("fp32", 4, {"attention_topk", "bipartite", "contour_select"}),
     ],
@@ -158,7 +160,16 @@ def test_model_by_hand() -> None:
     # Arithmetic of the fullest SM: 101 blocks on 100 SMs take as long as 200.
     tile = _model.Work(blocks=101, threads=1024, registers=16, shared=0, bytes=0, flight=1, flops=101e9)
     assert _model.launch_seconds(gpu, tile) == pytest.approx(1e-6 + 2 * 1e9 / (gpu.fp32 / 100))
-    assert _model.launch_seconds(gpu, replace(tile, chain=1e-3)) == pytest.approx(1e-6 + 2e9 / gpu.fp32 * 100 + 1e-3)
+    # In series beside it: of the shorter, half shows where two blocks share an SM, all where one is alone.
+    arithmetic = 1e9 / (gpu.fp32 / 100)
+    both = replace(tile, chain=0.1)
+    assert _model.launch_seconds(gpu, both) == pytest.approx(1e-6 + 0.1 + 2 * arithmetic / 2)
+    alone = replace(both, blocks=100, flops=100e9)
+    assert _model.launch_seconds(gpu, alone) == pytest.approx(1e-6 + 0.1 + arithmetic)
+    assert _model.launch_seconds(gpu, replace(both, chain=1e-4)) == pytest.approx(1e-6 + 2 * arithmetic + 0.5e-4)
+    # Two hundred blocks fit at once; the rest are a second wave.
+    more = replace(tile, blocks=250, flops=250e9)
+    assert _model.launch_seconds(gpu, more) == pytest.approx(1e-6 + 3 * arithmetic)
 
 
 @pytest.mark.parametrize("backend,op", SERVED)
@@ -168,11 +179,11 @@ def test_knobs_that_change_bits(backend: str, op: str) -> None:
     free = {
         "adjacent_similarity": ["tokens"],
         "attention_topk": ["rows"],
-        "bipartite": ["batch", "tokens", "channels", "heads"],
-        "cluster_dpc_knn": ["segments", "longest"],
+        "bipartite": ["batch", "tokens", "channels", "heads"] if backend == "triton" else [],
+        "cluster_dpc_knn": ["segments", "longest"] if backend == "triton" else [],
         "contour_select": ["sequences", "longest"],
     }
-    assert bool(bits) == (op in free)
+    assert bool(bits) == bool(free.get(op))
     for dtype in ("float32", "float16"):
         for shape in tables.shapes(op, dtype) if bits else []:
             wanted = tables.choose(backend, op, 80, dtype, shape)
@@ -185,13 +196,14 @@ def test_knobs_that_change_bits(backend: str, op: str) -> None:
 
 
 def test_odd_shapes_have_entries() -> None:
-    for op in tables.OPERATORS:
-        for value in (0, 1, 3, 1 << 20):
+    """No call is refused for its shape: something fits on every SM."""
+    for sm, backend, op in EVERY:
+        for value in (0, 1, 3, 600, 1 << 20):
             shape = dict.fromkeys(tables.module(op).SHAPE, value)
-            shape.update({n: 4 for n in ("itemsize",) if n in shape})
             shape.update({n: max(1, min(value, 512)) for n in ("q_heads", "kv_heads", "dim", "rank") if n in shape})
-            for backend in tables.BACKENDS:
-                assert tables.choose(backend, op, 86, "float32", shape)
+            for dtype in tables.dtypes(op, sm):
+                shape.update({n: 4 if dtype == "float32" else 2 for n in ("itemsize",) if n in shape})
+                assert tables.choose(backend, op, sm, dtype, shape)
 
 
 def test_names_are_checked() -> None:

@@ -125,9 +125,12 @@ def entry(backend: str, op: str, sm: int, dtype: str, shape: Mapping[str, int]) 
     knobs = _forced.get((backend, op))
     if knobs is not None:
         return Entry(knobs, "", "forced", 0.0)
-    near = nearest(sm)
+    near, dtype = nearest(sm), named_dtype(op, dtype)
+    if dtype not in dtypes(op, near):
+        listed = " or ".join(dtypes(op, near))
+        raise ValueError(f"{op}: expected {listed}, got {dtype} (sm_{sm} has no {dtype} arithmetic)")
     layers = (_files.user(sm), _files.shipped(near))
-    return resolve(backend, op, GPUS[near], named_dtype(op, dtype), shape, layers)
+    return resolve(backend, op, GPUS[near], dtype, shape, layers)
 
 
 @contextlib.contextmanager

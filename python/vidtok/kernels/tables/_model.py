@@ -8,8 +8,10 @@ A launch of ``blocks`` blocks runs in waves over the ``slots = sms · resident``
 - arithmetic takes ``work of the fullest SM / (rate / sms · min(1, warps there / FULL_WARPS))``;
 - ``chain`` is what one block does in series (dependent loads, barriers, steps of a scan).
 
-Time of a launch = ``gpu.launch + Σ waves (max(memory, L2, arithmetic) + chain)``; of a call, their sum. The model
-ranks candidates; its seconds are an estimate, and ``vidtok tune`` reports how well the ranks agree with a GPU.
+The ``b`` blocks of an SM fill each other's waits, so that of the shorter of ``shared = max(memory, L2, arithmetic)``
+and ``chain`` one b-th shows: a wave takes ``max(shared, chain) + min(shared, chain) / b``. Time of a launch =
+``gpu.launch + Σ waves``; of a call, the sum over its launches. The model ranks candidates; its seconds are an
+estimate, and ``vidtok tune`` reports how well the ranks agree with a GPU.
 """
 
 from __future__ import annotations
@@ -113,7 +115,8 @@ def _wave(gpu: Gpu, work: Work, blocks: int) -> float:
     fullest = ceil(blocks, gpu.sms)
     busy = min(1.0, fullest * (work.threads // 32) / FULL_WARPS)
     peak = (gpu.tensor16 if work.tensor else gpu.fp32) / gpu.sms * busy
-    return max(memory, l2, fullest * work.flops / work.blocks / peak) + work.chain
+    shared = max(memory, l2, fullest * work.flops / work.blocks / peak)
+    return max(shared, work.chain) + min(shared, work.chain) / fullest
 
 
 def launch_seconds(gpu: Gpu, work: Work) -> float:

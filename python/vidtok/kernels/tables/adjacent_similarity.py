@@ -1,8 +1,9 @@
-"""adjacent_similarity: ``warps`` warps per token, whose lanes share the channels of the two rows.
+"""adjacent_similarity: a block of ``warps`` warps follows one slot over a run of frames.
 
-Bytes: every row is read once from memory and once more from the L2 cache. More warps per token keep more bytes in
-flight and wait at one more barrier. The cut of the channels over lanes fixes the order of the sums, so every knob
-changes bits and depends on dtype, channels and the SM only.
+Bytes: every row is read once, and once more where a run begins. CUDA keeps rows on their way in a ring of three in
+shared memory; Triton's programs hold ``block`` channels of two rows in registers. More warps per block share a row
+(fewer steps) and meet at one more barrier per frame. The cut of the channels over lanes fixes the order of the sums,
+so every knob changes bits and depends on dtype, channels and the SM only.
 """
 
 from __future__ import annotations
@@ -33,27 +34,37 @@ def frozen(shape: Shape) -> dict[str, int]:
 
 def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Works:
     """The launches of a call."""
-    width = shape["channels"] * size(dtype)
+    tokens, channels, item = shape["tokens"], shape["channels"], size(dtype)
+    width = channels * item
     if backend == "cuda":
-        threads, step = 32 * knobs["warps"], 512 * knobs["warps"]
+        threads, step, run = 32 * knobs["warps"], 512 * knobs["warps"], 1
+        while run < 32 and tokens // (2 * run) >= 8 * gpu.sms:
+            run *= 2
+        ring = 768 + 3 * width
+        shared = ring if ring <= gpu.shared_block else 768
+        registers, each, ahead = 32, 16.0, 2.0 * ceil(width, step)
     else:
-        threads, step = 32 * knobs["num_warps"], knobs["block"] * size(dtype)
+        threads, run, shared = 32 * knobs["num_warps"], 8, 128
+        block = min(knobs["block"], max(16, 1 << (channels - 1).bit_length()))
+        step = block * item
         if step < 4 * threads:
             return f"{threads} threads share {step} bytes of a step, less than 4 each"
+        each, ahead = step / threads, 1.0
+        registers = int(20 + 5.6 * block / threads)
     steps = ceil(width, step)
-    each = max(4.0, step / threads)
-    ahead = min(steps, 2) if backend == "cuda" else 1
+    # Frame after frame: rows on their way come while the frame before is summed, then its sums meet.
+    frame = steps * 12 * CYCLE + 15 * 25 * CYCLE + barrier(threads)
+    wait = 0.0 if backend == "cuda" else LATENCY * steps / 2
     return [
         Work(
-            blocks=shape["tokens"],
+            blocks=ceil(tokens, run),
             threads=threads,
-            registers=int(28 + 2 * ahead * each / 4 + (3 * each / size(dtype) if backend == "triton" else 6)),
-            shared=0 if threads == 32 else 12 * (threads // 32),
-            bytes=shape["tokens"] * (width + 4),
-            flight=2 * ahead * each * min(1.0, width / (steps * step)),
-            l2=2 * shape["tokens"] * width,
-            flops=6 * shape["tokens"] * steps * step / size(dtype),
-            chain=LATENCY * ceil(steps, ahead) / 2 + 15 * 25 * CYCLE + barrier(threads),
+            registers=registers,
+            shared=shared,
+            bytes=tokens * (width + 4) + ceil(tokens, run) * width,
+            flight=each * ahead * min(1.0, width / (steps * step)),
+            flops=6 * tokens * steps * step / item,
+            chain=LATENCY + run * (frame + wait),
             name="the cosine",
         )
     ]

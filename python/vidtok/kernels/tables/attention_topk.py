@@ -5,8 +5,8 @@ Bytes: keys once, logits in fp32 written and read once. The query rows of a grou
 16 for tensor cores (fp32 inputs use FMA). Small pieces fill more SMs and leave more partial sums to combine, which
 one block per head does in series; large pieces leave SMs idle. Shared memory: ``stages`` tiles of 64 keys (fewer
 where the dimension is large), the queries, and 16 fp32 logits per key of the piece. ``split`` and the warps cut the
-softmax sums, so they change bits and are chosen on the length, heads and dimension with one query row; pipeline
-stages do not.
+softmax sums, so they change bits and are chosen on the length, heads and dimension with one query row. Triton's
+registers are a line through what its compiler reports on sm_80.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Wor
     """The launches of a call."""
     length, dim, kv, split = shape["length"], shape["dim"], shape["kv_heads"], knobs["split"]
     warps = knobs.get("warps") or knobs["num_warps"]
-    stages = knobs.get("num_stages", 2 if gpu.sm >= 80 else 1)
+    # Triton's compiler does not pipeline this loop: its shared memory is the same with any number of stages.
+    stages = 2 if backend == "cuda" and gpu.sm >= 80 else 1
     threads, item, tensor = 32 * warps, size(dtype), dtype != "float32"
     queries = max(1, shape["q_heads"] // kv) * shape["rows"]
     groups = ceil(queries, 16)
@@ -59,11 +60,17 @@ def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Wor
     flops = 2.0 * 16 * groups * kv * pieces * split * dim
     # A tile of keys is waited for unless the stages before it cover its way from memory.
     wait = LATENCY * (1 + (tiles - 1) / max(1, stages))
+    if backend == "cuda":
+        registers = 48 + ceil(16 * step, threads) + (0 if tensor else 16)
+        shared = stages * tile + 4 * 16 * split + 16 * dim * item
+    else:
+        registers = 90 + ceil(80 * min(dim, 128), threads)
+        shared = (step + 16) * (dim * item if tensor else min(128, 4 * dim))
     score = Work(
         blocks=kv * pieces * groups,
         threads=threads,
-        registers=48 + ceil(16 * step, threads) + (0 if tensor else 16),
-        shared=stages * tile + 4 * 16 * split + 16 * dim * item,
+        registers=registers,
+        shared=shared,
         bytes=keys + logits,
         flight=stages * tile / threads,
         l2=float(keys * groups + logits),

@@ -1,10 +1,11 @@
 """cluster_dpc_knn: a Gram sweep over upper-triangle tiles, then densities, parents, centres and assignment.
 
 The sweep does ``2 · tile² · channels`` FLOP per tile on tensor cores (FMA for fp32) over steps of 128 bytes of
-channels, ``stages`` of them in flight; rows come again from the L2 cache for every tile. Large tiles read less and
-leave SMs idle on small segments; their sums take ``tile² / threads`` registers. Pipelines deeper than two need
-cp.async, which sm_70 lacks. The other launches read the distances kept in a workspace. Tiles and stages leave every
-product in channel order; warps (norms) and Triton's depth of a step cut sums, so they depend on the channels only.
+channels (Triton: ``depth``), ``stages`` of them in flight; rows come again from the L2 cache for every tile. Large
+tiles read less, hold more registers and leave SMs idle on small segments. Pipelines deeper than two need
+cp.async, which sm_70 lacks. The other launches read the distances kept in a workspace. In CUDA every product runs over
+the channels in order and no knob changes bits; Triton's depth and the warps of its norms cut sums, so they depend on
+the channels only.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from vidtok.kernels.tables.gpus import Gpu
 
 SHAPE = ("segments", "longest", "channels")
 KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
-    "cuda": {"tile": (64, 32, 128), "warps": (4, 1, 2, 8), "stages": (2, 1, 3, 4)},
+    "cuda": {"tile": (64, 32, 128), "warps": (4, 8), "stages": (2, 1, 3, 4)},
     "triton": {"tile": (64, 32, 128), "depth": (64, 32, 128), "num_warps": (4, 2, 8), "num_stages": (2, 1, 3, 4)},
 }
-BITS: dict[str, frozenset[str]] = {"cuda": frozenset({"warps"}), "triton": frozenset({"depth", "num_warps"})}
+BITS: dict[str, frozenset[str]] = {"cuda": frozenset(), "triton": frozenset({"depth", "num_warps"})}
 SHAPES = [
     {"segments": s, "longest": n, "channels": 4096} for s, n in ((1, 32), (8, 256), (32, 256), (32, 512), (32, 1024))
 ] + [{"segments": 32, "longest": 256, "channels": 1024}]
+# Registers per thread of the CUDA kernel by (tile, warps), as its compiler reports on sm_80: 16-bit inputs, fp32.
+REGISTERS = {(32, 4): (96, 72), (64, 4): (210, 168), (64, 8): (124, 128), (128, 8): (255, 255)}
 CANONICAL = {"segments": 32, "longest": 512}
 
 
@@ -43,33 +46,38 @@ def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Wor
     """The launches of a call."""
     segments, longest, channels = shape["segments"], shape["longest"], shape["channels"]
     tile, item, tensor = knobs["tile"], size(dtype), dtype != "float32"
-    warps = knobs.get("warps") or knobs["num_warps"]
-    stages = knobs.get("stages") or knobs["num_stages"]
+    if backend == "cuda":
+        warps, stages, depth = knobs["warps"], knobs["stages"], 128 // item
+        if (tile, warps) not in REGISTERS:
+            allowed = " or ".join(str(w) for t, w in REGISTERS if t == tile)
+            return f"tiles of {tile} are made by {allowed} warps, not {warps}"
+        if gpu.sm < 80 and stages > 2:
+            return f"{stages} stages need cp.async, which sm_{gpu.sm} lacks: 2 at most"
+        registers = REGISTERS[tile, warps][0 if tensor else 1]
+        shared = stages * 2 * tile * (144 if gpu.sm < 80 and tensor else 128) + 8 * tile + 256
+    else:
+        warps, stages, depth = knobs["num_warps"], knobs["num_stages"], knobs["depth"]
+        registers = 40 + ceil(tile * (13 * tile + 11 * depth), 64 * warps)
+        shared = max(1, stages - 1) * 2 * tile * depth * item
     threads = 32 * warps
-    if gpu.sm < 80 and stages > 2:
-        return f"{stages} stages need cp.async, which sm_{gpu.sm} lacks: 2 at most"
-    depth = knobs.get("depth", 128 // item)
-    sides = ceil(longest, tile)
+    sides, steps, rows = ceil(longest, tile), ceil(channels, depth), segments * longest
     tiles = segments * sides * (sides + 1) // 2
-    steps = ceil(channels, depth)
-    rows = segments * longest
-    flops = 2.0 * tiles * tile * tile * channels
     # With one stage a step waits for its loads; with more, loads of the next steps run under it.
     step = LATENCY / 2 / stages + 2 * barrier(threads) / stages + 20 * CYCLE
     gram = Work(
         blocks=tiles,
         threads=threads,
-        registers=56 + ceil(tile * tile, threads),
-        shared=stages * 2 * tile * depth * item + 16 * tile,
+        registers=registers,
+        shared=shared,
         bytes=float(rows * channels * item + 2 * rows * longest),
         flight=stages * 2.0 * tile * depth * item / threads,
         l2=2.0 * tiles * tile * channels * item,
-        flops=flops,
+        flops=2.0 * tiles * tile * tile * channels,
         tensor=tensor,
         chain=LATENCY + steps * step,
         name="the Gram kernel",
     )
-    rest = Work(
+    row = Work(
         blocks=rows,
         threads=128,
         registers=40,
@@ -80,7 +88,7 @@ def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Wor
         chain=2 * LATENCY + 8 * barrier(128),
         name="the row kernel",
     )
-    return [gram, rest, rest]
+    return [gram, row, row]
 
 
 seconds = _model.timer(works)

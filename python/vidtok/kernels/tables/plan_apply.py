@@ -1,9 +1,9 @@
-"""plan_apply: one group of threads per row of the output, each thread ``vectors`` loads of 16 bytes.
+"""plan_apply: the output is one line of 16-byte accesses, cut into equal blocks; ``vectors`` of them per thread.
 
-Bytes: every row is read and written once, with 12 bytes of lists. A row of V 16-byte pieces takes ``V / vectors``
-threads, so that short rows share a block and threads beyond the row idle. More vectors keep more bytes in flight
-and hold more registers (fp32 sums). Chain: the list, then the row. No knob changes bits: each sum has one owner
-and goes in list order.
+Bytes: every row is read and written once, with 12 bytes of lists. More vectors keep more bytes in flight and hold more
+registers. Triton's programs hold ``block`` elements, whole rows where they are shorter. Chain: the list, then the row.
+Registers are the compilers' (sm_80), for Triton a line through them. No knob changes bits: each sum has one owner and
+goes in list order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "triton": {"block": (512, 1024, 2048, 4096), "num_warps": (4, 1, 2, 8)},
 }
 BITS: dict[str, frozenset[str]] = {"cuda": frozenset(), "triton": frozenset()}
-READS = 1.0  # rows read per row written
+# Registers per thread by vectors.
+GATHER = {1: 22, 2: 30, 4: 38}
+POOL = {1: 34, 2: 38, 4: 54}
 SHAPES = [
     {"rows": 1024, "channels": 1024, "itemsize": 2},
     {"rows": 1024, "channels": 4096, "itemsize": 2},
@@ -37,31 +39,37 @@ def bucket(shape: Shape) -> dict[str, int]:
     }
 
 
-def moved(backend: str, shape: Shape, knobs: Knobs, reads: float, sums: int) -> list[Work]:
-    """The launch of a kernel that makes rows out of ``reads`` rows each, with ``sums`` registers per vector."""
+def moved(backend: str, shape: Shape, knobs: Knobs, *, reads: int, spread: bool) -> list[Work]:
+    """The launch of a kernel that makes rows out of ``reads`` rows each.
+
+    Args:
+        spread: whether the vectors of a thread belong to several outputs, else to the rows of one.
+    """
     rows, width = shape["rows"], shape["channels"] * shape["itemsize"]
-    pieces = ceil(width, 16)
     if backend == "cuda":
         threads, vectors = knobs["threads"], knobs["vectors"]
-        lanes = ceil(pieces, vectors)
-        per_block = max(1, threads // lanes)
-        blocks = ceil(rows, per_block) * ceil(lanes, threads)
-        used = min(1.0, per_block * lanes / threads) / max(1.0, ceil(lanes, threads) * threads / lanes)
+        blocks = ceil(rows * ceil(width, 16), threads * (vectors if spread else 1))
+        registers = (GATHER if spread else POOL)[vectors]
+        flight, turns = 16.0 * vectors, 1 if spread else ceil(reads, vectors)
     else:
         threads = 32 * knobs["num_warps"]
-        span = knobs["block"] * shape["itemsize"]
-        blocks = rows * ceil(width, span)
-        vectors = max(1, span // (16 * threads))
-        used = min(1.0, width / (ceil(width, span) * max(span, 16 * threads)))
+        block = min(knobs["block"], max(16, 1 << (shape["channels"] - 1).bit_length()))
+        # A gather puts short rows together; sums and windows have a program each.
+        together = knobs["block"] // block if spread else 1
+        blocks = ceil(rows, together) * ceil(shape["channels"], block)
+        each = max(16.0 / shape["itemsize"], together * block / threads)
+        registers = int(16 + 3.9 * each) if spread else int(40 + 4 * each)
+        flight = shape["itemsize"] * each * min(1.0, shape["channels"] / (ceil(shape["channels"], block) * block))
+        turns = reads
     return [
         Work(
             blocks=blocks,
             threads=threads,
-            registers=24 + sums * vectors,
+            registers=registers,
             shared=0,
             bytes=rows * ((reads + 1) * width + 12),
-            flight=16 * vectors * used,
-            chain=2 * LATENCY,
+            flight=flight,
+            chain=(1 + turns) * LATENCY,
             name="the move",
         )
     ]
@@ -74,7 +82,7 @@ def frozen(shape: Shape) -> dict[str, int]:
 
 def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Works:
     """The launches of a call."""
-    return moved(backend, shape, knobs, READS, 12)
+    return moved(backend, shape, knobs, reads=1, spread=True)
 
 
 seconds = _model.timer(works)

@@ -1,7 +1,7 @@
-"""pool_packed: one thread per 16 bytes of a pooled token, with the loads of ``vectors`` members under way together.
+"""pool_packed: one access of 16 bytes of a pooled token per thread, ``vectors`` of its window's tokens at a time.
 
-Bytes: a 2 × 2 window is read per row written, the rest as :mod:`~vidtok.kernels.tables.plan_apply`. No knob
-changes bits: each sum has one owner and goes in window order.
+Bytes: a 2 × 2 window is read per row written. A window that fits ``vectors`` is one wait for memory, else each part
+is. No knob changes bits: each sum has one owner and goes in window order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "triton": {"block": (512, 1024, 2048, 4096), "num_warps": (4, 1, 2, 8)},
 }
 BITS: dict[str, frozenset[str]] = {"cuda": frozenset(), "triton": frozenset()}
-READS = 4.0
 SHAPES = [
     {"rows": 2048, "channels": 4096, "itemsize": 2},
     {"rows": 8192, "channels": 4096, "itemsize": 2},
@@ -29,7 +28,7 @@ SHAPES = [
 
 def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Works:
     """The launches of a call."""
-    return moved(backend, shape, knobs, READS, 16)
+    return moved(backend, shape, knobs, reads=4, spread=False)
 
 
 seconds = _model.timer(works)

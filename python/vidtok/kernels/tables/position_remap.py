@@ -1,7 +1,7 @@
-"""position_remap: one thread per anchor, which copies that anchor's entries of all riders.
+"""position_remap: one access of 8 bytes of one rider per thread; all riders in one launch.
 
-Bytes: ``bytes`` per row read and written, with the anchor. Small blocks spread few rows over more SMs; large ones
-cost fewer waves. Chain: the anchor, then the entries. No knob changes bits: nothing is summed.
+Bytes: ``bytes`` per row read and written, and the anchor for each rider. Small blocks spread few rows over more SMs;
+large ones cost fewer waves. Chain: the anchor, then the entry. No knob changes bits: nothing is summed.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ def frozen(shape: Shape) -> dict[str, int]:
 
 def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Works:
     """The launches of a call."""
+    rows, width = shape["rows"], shape["bytes"]
+    accesses = rows * ceil(width, 8)
     threads = knobs["threads"] if backend == "cuda" else 32 * knobs["num_warps"]
     per_block = threads if backend == "cuda" else knobs["block"]
     each = per_block / threads
     if each < 1:
-        return f"{threads} threads share {per_block} rows, and threads without a row do nothing"
-    rows, width = shape["rows"], shape["bytes"]
-    flight = each * min(width, 8 * shape["tensors"])
+        return f"{threads} threads share {per_block} accesses, and a thread without one does nothing"
     return [
         Work(
-            blocks=ceil(rows, per_block),
+            blocks=ceil(accesses, per_block),
             threads=threads,
-            registers=int(24 + each * min(32, width // 4)),
+            registers=32 if backend == "cuda" else int(28 + 6 * each),
             shared=0,
-            bytes=rows * (2 * width + 4),
-            flight=flight,
+            bytes=rows * (2 * width + 4.0 * shape["tensors"]),
+            flight=8 * each,
             chain=2 * LATENCY + _model.CYCLE * threads / 32,
             name="the remap",
         )

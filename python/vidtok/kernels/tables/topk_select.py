@@ -1,8 +1,9 @@
-"""topk_select: one block per segment; four radix passes of eight bits, then a stable scan.
+"""topk_select: one block per segment; radix passes of eleven bits, then a stable scan.
 
-Keys stay in shared memory where they fit (``4 · longest`` bytes and 1 KiB of counts per warp), else every pass
-reads them again from the L2 cache. Chain: passes · (keys per thread + barriers), and a scan of the same length. No
-knob changes bits: the selection is exact.
+Keys stay in shared memory where they fit (four bytes each beside 8 KiB of counts), else every pass reads them again
+from the L2 cache; Triton's stay in registers where a step holds them all. Chain: passes · (keys per thread + barriers),
+and a scan of the same length. Registers are the compilers' (sm_80), for Triton a line through them. No knob changes
+bits: the selection is exact.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "triton": {"block": (1024, 256, 512, 2048, 4096), "num_warps": (4, 1, 2, 8)},
 }
 BITS: dict[str, frozenset[str]] = {"cuda": frozenset(), "triton": frozenset()}
-PASSES = 5  # four of digits, one that writes
+PASSES = 4  # three of digits, one that writes
+SCRATCH = 4 * (2048 + 68)  # bytes of counts of 11-bit digits
+KEPT = 8192  # keys of one of many segments that stay in shared memory
 SHAPES = [
     {"segments": 1, "longest": 8192},
     {"segments": 1, "longest": 32768},
@@ -42,21 +45,26 @@ def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Wor
     threads = knobs["threads"] if backend == "cuda" else 32 * knobs["num_warps"]
     segments, longest = shape["segments"], shape["longest"]
     step = threads if backend == "cuda" else max(threads, knobs["block"])
-    counts = 32 * threads if backend == "cuda" else 4096
-    keys = 4 * longest
-    cached = counts + keys <= gpu.shared_block
-    per_thread = ceil(longest, step) * (step // threads)
+    each = step // threads
+    if backend == "cuda":
+        room = (gpu.shared_block - SCRATCH) // 4
+        kept = min(segments * longest, room if segments == 1 else min(room, KEPT))
+        if longest > kept and segments == 1:
+            kept = 0
+        cached, shared, registers = longest <= kept, SCRATCH + 4 * kept, 49
+    else:
+        cached, shared, registers = longest <= step, 1024, int(38 + 5.3 * each)
     # One shared-memory atomic per key, four warps of an SM at a time; each step costs the scan's barriers.
-    work = per_thread * max(1, threads // 128) * 12 * CYCLE
+    work = ceil(longest, step) * each * max(1, threads // 128) * 12 * CYCLE
     per_pass = work + (3 + ceil(longest, step)) * barrier(threads) + (0.0 if cached else LATENCY)
     return [
         Work(
             blocks=segments,
             threads=threads,
-            registers=32 if backend == "cuda" else 32 + 2 * (step // threads),
-            shared=counts + (keys if cached else 0),
+            registers=registers,
+            shared=shared,
             bytes=segments * longest * 12,
-            flight=16.0,
+            flight=4.0 * each,
             l2=0.0 if cached else 4.0 * PASSES * segments * longest,
             chain=2 * LATENCY + PASSES * per_pass,
             name="the selection",
