@@ -232,18 +232,18 @@ def inverse_norm(squared):
 @triton.jit
 def order_key(score):
     """Score as uint32 of the same order (16 bits for a 16-bit score): larger is better, −0 equals 0, NaN is 0, last."""
-    # Negative numbers: flip all bits; others: set the top bit. −inf keeps a key above 0.
+    # Negative numbers: flip all bits; others: set the top bit. −inf keeps a key above 0. Bits only, so that
+    # subnormal numbers keep their order whatever the hardware does with them.
     if score.dtype.primitive_bitwidth == 32:
         bits = score.to(tl.int32, bitcast=True)
         key = tl.where(bits < 0, ~bits, bits | -2147483648)
-        zero = -2147483648
+        zero, magnitude, infinity = -2147483648, bits & 0x7FFFFFFF, 0x7F800000
     else:
         bits = score.to(tl.int16, bitcast=True).to(tl.int32)
         key = tl.where(bits < 0, ~bits, bits | 0x8000) & 0xFFFF
-        zero = 0x8000
-    x = score.to(tl.float32)
-    key = tl.where(x == 0.0, zero, key)
-    return tl.where(x != x, 0, key).to(tl.uint32, bitcast=True)
+        zero, magnitude, infinity = 0x8000, bits & 0x7FFF, 0x7F80 if score.dtype == tl.bfloat16 else 0x7C00
+    key = tl.where(magnitude == 0, zero, key)
+    return tl.where(magnitude > infinity, 0, key).to(tl.uint32, bitcast=True)
 
 
 @triton.jit

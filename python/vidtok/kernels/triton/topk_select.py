@@ -42,13 +42,14 @@ _OFFSETS = tl.constexpr(code_of("topk_select", "cu_seqlens"))
 def _segment(cu, keep_start, out, error, segment, segments, total, keep, WRITES: tl.constexpr, BLOCK: tl.constexpr):
     """(start, length, how many to keep, where they go); a bad segment is reported, answered by zeros and empty."""
     lo, hi = segment.to(tl.int64) * 0, total.to(tl.int64)
+    bad_bounds = segment < 0
     if cu is not None:
         at, stop = tl.load(cu + segment).to(tl.int64), tl.load(cu + segment + 1).to(tl.int64)
         lo, hi = tl.minimum(tl.maximum(at, 0), total), tl.minimum(tl.maximum(stop, 0), total)
-        bad = (at != lo) | (stop != hi) | (lo > hi)
-        bad = bad | ((segment == 0) & (at != 0)) | ((segment == segments - 1) & (stop != total))
+        bad_bounds = (at != lo) | (stop != hi) | (lo > hi)
+        bad_bounds = bad_bounds | ((segment == 0) & (at != 0)) | ((segment == segments - 1) & (stop != total))
         if WRITES:
-            report(error, _OFFSETS, tl.where(at != lo, at, stop), lo, hi + 1, bad)
+            report(error, _OFFSETS, tl.where(at != lo, at, stop), lo, hi + 1, bad_bounds)
         hi = tl.maximum(lo, hi)
     base, k = segment.to(tl.int64) * keep, segment.to(tl.int64) * 0 + keep
     if keep_start is not None:
@@ -57,7 +58,7 @@ def _segment(cu, keep_start, out, error, segment, segments, total, keep, WRITES:
     length = hi - lo
     bad = (k < 0) | (k > length)
     if WRITES:
-        report(error, _KEEP, k, lo * 0, length + 1, bad)
+        report(error, _KEEP, k, lo * 0, length + 1, bad & (bad_bounds == 0))
         for i in range(0, tl.where(bad, k, 0), BLOCK):
             place = i + tl.arange(0, BLOCK)
             tl.store(out + base + place, tl.zeros([BLOCK], tl.int64), mask=place < k)
