@@ -1,6 +1,7 @@
 # make demo    a real video through a video-language model, reduced and unreduced, with times
 # make test    the tests
-# make check   the rest: style, instruction sets, transformers versions, sanitizers, packaging, docs, examples
+# make check   the rest: style, instruction sets, transformers versions, sanitizers, packaging, docs, examples, GPU kernels
+# make gpu-check  of these, what proves the GPU kernels without a GPU
 # make bench   every benchmark, then the CSV, the README table and the plots
 # make build   the extension in place, python/vidtok/_C.*.so; PYTHON=... takes another interpreter than .venv's
 #
@@ -26,7 +27,7 @@ CHECKS := lint isa transformers-4.57.6 transformers-5.17.0 asan tsan packaging d
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5; echo "checks: $(CHECKS:%=check-%)"
+	@sed -n 's/^# //p' Makefile | head -6; echo "checks: $(CHECKS:%=check-%)"
 
 venv:
 ifeq ($(PYTHON),.venv/bin/python)

@@ -10,6 +10,8 @@ from pathlib import Path
 from bench.row import RESULTS, ROOT, Row, read
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+GPU_MARKS = ("<!-- gpu:begin -->", "<!-- gpu:end -->")
+NO_GPU = "The GPU kernels are not yet measured on a GPU, and nothing is claimed about their speed.\n"
 README = ROOT / "README.md"
 NOTES = ROOT / "bench" / "what_limits.json"
 HEAD = "| operator | shape | vidtok | × limit | eager | torch.compile | careful | target | reached |"
@@ -133,17 +135,42 @@ def page(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def filled(text: str, block: str) -> str:
+def gpu_block() -> str:
+    """The README's block of GPU results: one table for each card with committed results of the CUDA kernels."""
+    from bench.gpu import report
+
+    lines: list[str] = []
+    for path in sorted(RESULTS.glob("*/cuda.csv")):
+        rows = read(path)
+        rates = ", ".join(f"{r.label} {r.p50:.4g} {r.unit}" for r in rows if r.metric == "rate")
+        folder = path.parent.relative_to(ROOT).as_posix()
+        lines += [
+            f"{rows[0].machine}; {rows[0].versions}; commit {rows[0].commit}, {rows[0].timestamp[:10]}. {rates}. "
+            f"[All numbers]({folder}).",
+            "",
+            *report.table(rows),
+            "",
+        ]
+    return "\n".join(lines) if lines else NO_GPU
+
+
+def filled(text: str, block: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """``text`` with ``block`` between the markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"expected one {BEGIN} and one {END} in the README, got another number")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{block}{END}{rest.split(END)[1]}"
+    begin, end = marks
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"expected one {begin} and one {end} in the README, got another number")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{block}{end}{rest.split(end)[1]}"
+
+
+def wanted(path: Path) -> str:
+    """The README as the committed results have it."""
+    return filled(filled(README.read_text(), render(path)), gpu_block(), GPU_MARKS)
 
 
 def update(path: Path) -> None:
-    """Write README and page from one CSV."""
-    README.write_text(filled(README.read_text(), render(path)))
+    """Write README and page from one CSV, and the GPU tables from theirs."""
+    README.write_text(wanted(path))
     path.with_suffix(".md").write_text(page(path))
 
 
@@ -165,7 +192,7 @@ def main() -> int:
     if not check:
         update(path)
         return 0
-    current = filled(README.read_text(), render(path)) == README.read_text()
+    current = wanted(path) == README.read_text()
     print("README.md is up to date" if current else "README.md differs: run python -m bench.readme")
     return 0 if current else 1
 
