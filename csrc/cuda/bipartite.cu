@@ -4,9 +4,12 @@
 
 namespace vidtok::cuda {
 
+constexpr int kMergeThreads = 256;
+
 template <class T, bool MEAN, int WARPS>
-__global__ void bipartite_match_kernel(BipartiteMetric metric, BipartiteSequences all, int64_t parts, uint32_t* key,
-                                       int32_t* target) {
+__global__ void __launch_bounds__(WARPS* kWarp, 1)
+    bipartite_match_kernel(BipartiteMetric metric, BipartiteSequences all, int64_t parts, uint32_t* key,
+                           int32_t* target) {
   using E = typename MetricElement<T, MEAN>::Type;
   constexpr int kTile = kStripRows * WARPS;
   VIDTOK_SMEM(shared);
@@ -20,8 +23,9 @@ __global__ void bipartite_match_kernel(BipartiteMetric metric, BipartiteSequence
 
 // T: the type of x.
 template <class T, int N>
-__global__ void bipartite_merge_kernel(BipartiteSequences all, int64_t parts, int per, const uint32_t* key,
-                                       const int32_t* target, BipartiteLists lists, BipartiteRows rows) {
+__global__ void __launch_bounds__(kMergeThreads, VIDTOK_SM < 80 ? 2 : 3)
+    bipartite_merge_kernel(BipartiteSequences all, int64_t parts, int per, const uint32_t* key, const int32_t* target,
+                           BipartiteLists lists, BipartiteRows rows) {
   VIDTOK_SMEM(shared);
   const MergeMemory memory(shared, per, kMetMost);
   const BipartitePart at(all.cu_out, all.batch, per, parts, block());
@@ -42,8 +46,9 @@ __global__ void bipartite_merge_kernel(BipartiteSequences all, int64_t parts, in
 
 // A sequence per block, x of the metric's type in whole accesses; `most` is the tokens of the longest.
 template <class T, bool MEAN, int WARPS>
-__global__ void bipartite_block_kernel(BipartiteMetric metric, BipartiteSequences all, int most, BipartiteLists lists,
-                                       BipartiteRows rows) {
+__global__ void __launch_bounds__(WARPS* kWarp, 1)
+    bipartite_block_kernel(BipartiteMetric metric, BipartiteSequences all, int most, BipartiteLists lists,
+                           BipartiteRows rows) {
   using E = typename MetricElement<T, MEAN>::Type;
   constexpr int kTile = kStripRows * WARPS;
   VIDTOK_SMEM(shared);
@@ -80,7 +85,6 @@ __global__ void bipartite_block_kernel(BipartiteMetric metric, BipartiteSequence
 namespace vidtok::cuda {
 namespace {
 
-constexpr int kMergeThreads = 256;
 constexpr int kBlockWarps = 8;
 
 // Everything a launch needs, made from the arguments.
@@ -148,7 +152,7 @@ int64_t strip_bytes(int64_t dim, int warps, int sm) {
   const int64_t chunks = dim > kChunk<E> ? ceil_div(dim, kChunk<E>) : 1, held = chunks <= kResidentChunks ? chunks : 2;
   const int64_t tile = kStripRows * warps, row = kChunkPitch<E> * int64_t(sizeof(E));
   return carved<char>(held * tile * row + 16) + carved<char>(2 * kStripColumns * row + 16) +
-         (sm < 80 ? carved<char>(warps * kSumTile * 4 + 16) : 0) + carved<float>(tile) +
+         (sm < 80 && sizeof(E) == 2 ? carved<char>(warps * kSumTile * 4 + 16) : 0) + carved<float>(tile) +
          carved<float>(2 * kStripColumns);
 }
 
@@ -173,11 +177,13 @@ template <class T, bool MEAN, int WARPS>
 Status match(const Call& c, uint32_t* key, int32_t* target, const Launch& on) {
   using E = typename MetricElement<T, MEAN>::Type;
   constexpr int64_t kTile = kStripRows * WARPS;
-  // The part of a prefix that is odd may leave one source more than half of the tokens.
+  const int64_t shared = strip_bytes<E>(c.metric.dim, WARPS, on.sm);
+  if constexpr (WARPS > 2)
+    if (shared > shared_limit(on.sm)) return match<T, MEAN, WARPS / 2>(c, key, target, on);
   const int64_t parts = ceil_div((c.longest + 1) / 2, kTile);
   const int64_t blocks = c.all.cu == nullptr ? c.all.batch * parts : c.lists.n / (2 * kTile) + c.all.batch;
-  return VIDTOK_LAUNCH((bipartite_match_kernel<T, MEAN, WARPS>), blocks, WARPS * kWarp,
-                       strip_bytes<E>(c.metric.dim, WARPS, on.sm), on, c.metric, c.all, parts, key, target);
+  return VIDTOK_LAUNCH((bipartite_match_kernel<T, MEAN, WARPS>), blocks, WARPS * kWarp, shared, on, c.metric, c.all,
+                       parts, key, target);
 }
 
 template <class T, bool MEAN>

@@ -24,13 +24,14 @@ struct BipartiteSequence {
   int tokens, outputs;
   int first_source, sources, first_destination, destinations;  // slots
   const uint8_t* mask;
+  bool packed;  // sequences lie one after the other, instead of a stride apart
 
-  VIDTOK_DEVICE BipartiteSequence(const BipartiteSequences& all, int64_t i) : index(i), mask(all.mask) {
-    const bool ragged = all.cu != nullptr;
-    begin = ragged ? all.cu[i] : i * all.tokens;
-    out = ragged ? all.cu_out[i] : i * all.outputs;
-    tokens = int(ragged ? all.cu[i + 1] - begin : all.tokens);
-    outputs = int(ragged ? all.cu_out[i + 1] - out : all.outputs);
+  VIDTOK_DEVICE BipartiteSequence(const BipartiteSequences& all, int64_t i)
+      : index(i), mask(all.mask), packed(all.cu != nullptr) {
+    begin = packed ? all.cu[i] : i * all.tokens;
+    out = packed ? all.cu_out[i] : i * all.outputs;
+    tokens = int(packed ? all.cu[i + 1] - begin : all.tokens);
+    outputs = int(packed ? all.cu_out[i + 1] - out : all.outputs);
     const int prefix = int(smaller(all.prefix, int64_t(tokens)));
     first_source = (prefix + 1) / 2;
     first_destination = prefix / 2;
@@ -71,7 +72,7 @@ struct BipartitePart {
 
 struct BipartiteMetric {
   const void* data;
-  int64_t batch, head, row;  // strides in elements; `batch` is 0 where sequences lie packed
+  int64_t batch, head, row;  // strides in elements
   int heads, dim;
   bool aligned;  // 16-byte pieces may be read whole
   float steps;   // of the grid that a cosine is rounded to
@@ -193,26 +194,29 @@ struct StripProduct<float> {
   }
 
   VIDTOK_DEVICE void add(const float* a, const float* b) {
-    constexpr int kVec = kPerAccess<float>, kPitch = kChunkPitch<float>;
-    float part[kRows][kColumns] = {};
-    for (int p = 0; p < kPieces; ++p) {
-      Vec<float, kVec> left[kRows];
-      VIDTOK_UNROLL
-      for (int i = 0; i < kRows; ++i) left[i] = load<float, kVec>(a + row(i) * kPitch + p * kVec);
-      VIDTOK_UNROLL
-      for (int j = 0; j < kColumns; ++j) {
-        const Vec<float, kVec> right = load<float, kVec>(b + column(j) * kPitch + p * kVec);
+    constexpr int kVec = kPerAccess<float>, kPitch = kChunkPitch<float>, kAtOnce = kColumns / 2;
+    VIDTOK_UNROLL
+    for (int first = 0; first < kColumns; first += kAtOnce) {
+      float part[kRows][kAtOnce] = {};
+      for (int p = 0; p < kPieces; ++p) {
+        Vec<float, kVec> left[kRows];
         VIDTOK_UNROLL
-        for (int i = 0; i < kRows; ++i) {
+        for (int i = 0; i < kRows; ++i) left[i] = load<float, kVec>(a + row(i) * kPitch + p * kVec);
+        VIDTOK_UNROLL
+        for (int j = 0; j < kAtOnce; ++j) {
+          const Vec<float, kVec> right = load<float, kVec>(b + column(first + j) * kPitch + p * kVec);
           VIDTOK_UNROLL
-          for (int e = 0; e < kVec; ++e) part[i][j] = fused(left[i].v[e], right.v[e], part[i][j]);
+          for (int i = 0; i < kRows; ++i) {
+            VIDTOK_UNROLL
+            for (int e = 0; e < kVec; ++e) part[i][j] = fused(left[i].v[e], right.v[e], part[i][j]);
+          }
         }
       }
-    }
-    VIDTOK_UNROLL
-    for (int i = 0; i < kRows; ++i) {
       VIDTOK_UNROLL
-      for (int j = 0; j < kColumns; ++j) sum[i][j] += part[i][j];
+      for (int i = 0; i < kRows; ++i) {
+        VIDTOK_UNROLL
+        for (int j = 0; j < kAtOnce; ++j) sum[i][first + j] += part[i][j];
+      }
     }
   }
 
@@ -303,8 +307,9 @@ struct StripMemory {
   VIDTOK_DEVICE StripMemory(Carver& shared, int chunks)
       : sources(even_line(shared.take<unsigned char>(int64_t(held(chunks)) * kTile * kChunkPitch<E> * sizeof(E) + 16))),
         destinations(even_line(shared.take<unsigned char>(2 * kStripColumns * kChunkPitch<E> * sizeof(E) + 16))),
-        sums(VIDTOK_SM < 80 ? reinterpret_cast<float*>(even_line(shared.take<unsigned char>(WARPS * kSumTile * 4 + 16)))
-                            : nullptr),
+        sums(VIDTOK_SM < 80 && sizeof(E) == 2
+                 ? reinterpret_cast<float*>(even_line(shared.take<unsigned char>(WARPS * kSumTile * 4 + 16)))
+                 : nullptr),
         source_norm(shared.take<float>(kTile)),
         destination_norm(shared.take<float>(2 * kStripColumns)) {}
   VIDTOK_DEVICE static int held(int chunks) { return chunks <= kResidentChunks ? chunks : 2; }
@@ -321,8 +326,7 @@ VIDTOK_DEVICE void match_strip(const BipartiteMetric& metric, const BipartiteSeq
   constexpr int kTile = kStripRows * WARPS, kSourceChunk = kTile * kChunkPitch<E>,
                 kDestinationChunk = kStripColumns * kChunkPitch<E>;
   using Product = StripProduct<E>;
-  const T* const rows =
-      static_cast<const T*>(metric.data) + s.index * metric.batch + (metric.batch == 0 ? s.begin * metric.row : 0);
+  const T* const rows = static_cast<const T*>(metric.data) + (s.packed ? s.begin * metric.row : s.index * metric.batch);
   const int source_end = s.first_source + s.sources, destination_end = s.first_destination + s.destinations;
   const int chunks = larger(1, (metric.dim + kChunk<E> - 1) / kChunk<E>);
   const bool resident = chunks <= kResidentChunks;

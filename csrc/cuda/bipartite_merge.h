@@ -18,7 +18,7 @@ struct BipartiteLists {
 struct BipartiteRows {
   const void* x;
   void* y;
-  int64_t batch, row;  // strides in elements; `batch` is 0 where sequences lie packed
+  int64_t batch, row;  // strides in elements
   int per_row;         // accesses
 };
 
@@ -48,53 +48,59 @@ VIDTOK_DEVICE int64_t two_counts(int low, int high) { return int64_t(high) << 32
 VIDTOK_DEVICE int low_count(int64_t counts) { return int(counts & 0xffffffff); }
 VIDTOK_DEVICE int high_count(int64_t counts) { return int(counts >> 32); }
 
-// Rows of the outputs first .. first + count, a warp per row: N elements of T an access, up to four under way.
+// Up to AHEAD accesses of a row under way at once, from access v on, 32 apart.
+template <class T, int N, int AHEAD>
+struct RowPieces {
+  Vec<T, N> piece[AHEAD];
+  VIDTOK_DEVICE RowPieces(const T* from, int v, int per_row) {
+    VIDTOK_UNROLL
+    for (int a = 0; a < AHEAD; ++a)
+      if (v + a * kWarp < per_row) piece[a] = load<T, N>(from + int64_t(v + a * kWarp) * N);
+  }
+  VIDTOK_DEVICE void store_to(T* to, int v, int per_row) const {
+    VIDTOK_UNROLL
+    for (int a = 0; a < AHEAD; ++a)
+      if (v + a * kWarp < per_row) store(to + int64_t(v + a * kWarp) * N, piece[a]);
+  }
+};
+
+// Rows of the outputs first .. first + count, a warp per row, N elements of T an access.
 template <class T, int N>
 VIDTOK_DEVICE void merge_rows(const BipartiteSequence& s, int first, int count, const BipartiteLists& lists,
                               const BipartiteRows& rows, const MergeMemory& memory) {
-  constexpr int kAhead = 4;
-  const T* const x = static_cast<const T*>(rows.x) + s.index * rows.batch + (rows.batch == 0 ? s.begin * rows.row : 0);
+  constexpr int kCopied = 4, kSummed = N > 4 ? 2 : 4;
+  const T* const x = static_cast<const T*>(rows.x) + (s.packed ? s.begin * rows.row : s.index * rows.batch);
   T* const y = static_cast<T*>(rows.y) + (s.out + first) * rows.per_row * N;
-  const int32_t* const member = lists.member + s.begin;
   for (int o = warp(); o < count; o += warps()) {
     T* const to = y + int64_t(o) * rows.per_row * N;
-    const int more = memory.more[o], begin = memory.begin[o];
+    const int more = memory.more[o];
+    if (more == 0) {  // bit for bit
+      const T* const from = x + memory.anchor[o] * rows.row;
+      for (int v = lane(); v < rows.per_row; v += kWarp * kCopied)
+        RowPieces<T, N, kCopied>(from, v, rows.per_row).store_to(to, v, rows.per_row);
+      continue;
+    }
+    const int32_t* const member = lists.member + s.begin + memory.begin[o];
     const float total = memory.total[o];
-    for (int v = lane(); v < rows.per_row; v += kWarp * kAhead) {
-      if (more == 0) {
-        const T* const from = x + memory.anchor[o] * rows.row;
-        Vec<T, N> piece[kAhead];
-        VIDTOK_UNROLL
-        for (int a = 0; a < kAhead; ++a)
-          if (v + a * kWarp < rows.per_row) piece[a] = load<T, N>(from + int64_t(v + a * kWarp) * N);
-        VIDTOK_UNROLL
-        for (int a = 0; a < kAhead; ++a)
-          if (v + a * kWarp < rows.per_row) store(to + int64_t(v + a * kWarp) * N, piece[a]);
-        continue;
-      }
-      float sum[kAhead][N] = {};
+    for (int v = lane(); v < rows.per_row; v += kWarp * kSummed) {
+      float sum[kSummed][N] = {};
       for (int i = 0; i <= more; ++i) {
-        const int64_t token = member[begin + i] - s.begin;
-        const float mass = lists.size == nullptr ? 1.0f : lists.size[s.begin + token];
-        const T* const from = x + token * rows.row;
-        Vec<T, N> piece[kAhead];
+        const float mass = lists.size == nullptr ? 1.0f : lists.size[member[i]];
+        const RowPieces<T, N, kSummed> row(x + (member[i] - s.begin) * rows.row, v, rows.per_row);
         VIDTOK_UNROLL
-        for (int a = 0; a < kAhead; ++a)
-          if (v + a * kWarp < rows.per_row) piece[a] = load<T, N>(from + int64_t(v + a * kWarp) * N);
-        VIDTOK_UNROLL
-        for (int a = 0; a < kAhead; ++a) {
+        for (int a = 0; a < kSummed; ++a) {
           VIDTOK_UNROLL
           for (int k = 0; k < N; ++k)
-            if (v + a * kWarp < rows.per_row) sum[a][k] = fused(mass, to_float(piece[a].v[k]), sum[a][k]);
+            if (v + a * kWarp < rows.per_row) sum[a][k] = fused(mass, to_float(row.piece[a].v[k]), sum[a][k]);
         }
       }
       VIDTOK_UNROLL
-      for (int a = 0; a < kAhead; ++a) {
+      for (int a = 0; a < kSummed; ++a) {
         if (v + a * kWarp >= rows.per_row) continue;
-        Vec<T, N> piece;
+        Vec<T, N> mean;
         VIDTOK_UNROLL
-        for (int k = 0; k < N; ++k) piece.v[k] = from_float<T>(sum[a][k] / total);
-        store(to + int64_t(v + a * kWarp) * N, piece);
+        for (int k = 0; k < N; ++k) mean.v[k] = from_float<T>(sum[a][k] / total);
+        store(to + int64_t(v + a * kWarp) * N, mean);
       }
     }
   }

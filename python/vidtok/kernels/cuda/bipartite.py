@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from vidtok.kernels import tables
-from vidtok.kernels.cuda import (
-    DTYPE_CODE, DTYPE_NAME, check, device_list, extension, launch, pointer, workspace,
-)  # fmt: skip
+from vidtok.kernels.cuda import DTYPE_CODE, DTYPE_NAME, check, device_list, extension, launch, pointer, workspace
 from vidtok.kernels.reference._numerics import bounds
 
 _INT, _FLOAT = torch.int32, torch.float32
