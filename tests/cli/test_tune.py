@@ -149,6 +149,13 @@ def test_a_candidate_that_fails_is_passed_over() -> None:
     assert done.failed and "launch failed" in done.failed[0] and "'threads': 128" in done.failed[0]
 
 
+def test_a_call_that_the_reference_serves_tells_nothing() -> None:
+    card = Card(modelled)
+    card.make = lambda op, shape, dtype: lambda: 1.0  # type: ignore[method-assign]
+    done = card.measure([Task("cuda", "plan_apply", ("float32",))])
+    assert not done.table.entries and not done.ranks and "the reference served it" in done.failed[0]
+
+
 def test_half_precisions_share_a_measurement() -> None:
     done = Card(modelled).measure([Task("cuda", "plan_apply", ("bfloat16", "float16"))])
     sources = {at[2]: entry.source for at, entry in done.table.entries.items()}

@@ -89,8 +89,15 @@ def fastest(
     return found
 
 
+class Forced:
+    """Knobs that :func:`forced` imposes, and whether a kernel has asked for them."""
+
+    def __init__(self, knobs: Knobs) -> None:
+        self.knobs, self.asked = dict(knobs), False
+
+
 _chosen: dict[tuple[Any, ...], Knobs] = {}
-_forced: dict[tuple[str, str], Knobs] = {}
+_forced: dict[tuple[str, str], Forced] = {}
 
 
 def choose(backend: str, op: str, sm: int, dtype: str, shape: Mapping[str, int]) -> Knobs:
@@ -122,9 +129,10 @@ def entry(backend: str, op: str, sm: int, dtype: str, shape: Mapping[str, int]) 
         raise ValueError(f"expected a backend among {', '.join(BACKENDS)}, got {backend}")
     if tuple(shape) != own.SHAPE:
         raise ValueError(f"{op}: expected the extents {', '.join(own.SHAPE)}, got {', '.join(shape)}")
-    knobs = _forced.get((backend, op))
-    if knobs is not None:
-        return Entry(knobs, "", "forced", 0.0)
+    imposed = _forced.get((backend, op))
+    if imposed is not None:
+        imposed.asked = True
+        return Entry(imposed.knobs, "", "forced", 0.0)
     near, dtype = nearest(sm), named_dtype(op, dtype)
     if dtype not in dtypes(op, near):
         listed = " or ".join(dtypes(op, near))
@@ -134,13 +142,13 @@ def entry(backend: str, op: str, sm: int, dtype: str, shape: Mapping[str, int]) 
 
 
 @contextlib.contextmanager
-def forced(backend: str, op: str, knobs: Knobs) -> Iterator[None]:
+def forced(backend: str, op: str, knobs: Knobs) -> Iterator[Forced]:
     """Make :func:`choose` answer ``knobs`` inside the block, whatever the shape."""
     before = _forced.get((backend, op))
-    _forced[(backend, op)] = dict(knobs)
+    _forced[(backend, op)] = Forced(knobs)
     _chosen.clear()
     try:
-        yield
+        yield _forced[(backend, op)]
     finally:
         del _forced[(backend, op)]
         if before is not None:
