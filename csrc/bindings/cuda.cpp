@@ -7,8 +7,10 @@
 #include <vector>
 
 #include "cuda/adjacent_similarity.h"
+#include "cuda/attention_topk.h"
 #include "cuda/bipartite.h"
 #include "cuda/cluster_dpc_knn.h"
+#include "cuda/contour_select.h"
 #include "cuda/plan_apply.h"
 #include "cuda/pool_packed.h"
 #include "cuda/position_remap.h"
@@ -215,4 +217,43 @@ PYBIND11_MODULE(_cuda, m) {
                                                   num_counts, k, assignment, center, room, cu_host, num_center),
                                          ptr<void>(workspace), {tile, warps, stages}, launch(stream, error, sm, sms)));
       });
+  m.def("contour_select_workspace", [](int64_t n, int64_t c, int64_t sequences, int64_t rank) {
+    cuda::ContourArgs args{};
+    args.n = n, args.c = c, args.sequences = sequences, args.rank = rank;
+    return cuda::contour_select_workspace(args);
+  });
+  m.def("contour_select",
+        [](uintptr_t x, int dtype, int64_t n, int64_t c, int64_t x_stride, uintptr_t list, int64_t sequences,
+           int64_t rank, int64_t tiles, uintptr_t query, int rule, uintptr_t index, uintptr_t distance,
+           uintptr_t workspace, int threads, uintptr_t stream, uintptr_t error, int sm, int sms) {
+          return int(cuda::contour_select({ptr<const void>(x), static_cast<DType>(dtype), n, c, x_stride,
+                                           ptr<const int64_t>(list), sequences, rank, tiles, ptr<const void>(query),
+                                           static_cast<ContourRule>(rule), ptr<int64_t>(index), ptr<float>(distance)},
+                                          ptr<void>(workspace), {threads}, launch(stream, error, sm, sms)));
+        });
+  m.def("attention_topk_workspace", [](int dtype, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t width,
+                                       int64_t length, int64_t dim, int64_t tokens, bool ordered, int split,
+                                       int warps) {
+    cuda::AttentionTopkArgs args{};
+    args.dtype = static_cast<DType>(dtype);
+    args.batch = batch, args.q_heads = q_heads, args.kv_heads = kv_heads, args.width = width, args.length = length;
+    args.dim = dim, args.tokens = tokens, args.ordered = ordered;
+    return cuda::attention_topk_workspace(args, {split, warps});
+  });
+  m.def("attention_topk", [](uintptr_t query, uintptr_t key, int dtype, int64_t batch, int64_t q_heads,
+                             int64_t kv_heads, int64_t width, int64_t length, int64_t dim, int64_t key_batch,
+                             int64_t key_head, int64_t key_row, float scale, uintptr_t mask, uintptr_t position,
+                             bool use_max, uintptr_t span, int64_t spans, int64_t tokens, bool ordered,
+                             uintptr_t group, int64_t groups, int64_t keep, uintptr_t keep_start, uintptr_t index,
+                             uintptr_t score, uintptr_t workspace, int select_threads, int split, int warps,
+                             uintptr_t stream, uintptr_t error, int sm, int sms) {
+    const cuda::AttentionTopkArgs args{ptr<const void>(query), ptr<const void>(key), static_cast<DType>(dtype), batch,
+                                       q_heads, kv_heads, width, length, dim, key_batch, key_head, key_row, scale,
+                                       ptr<const uint8_t>(mask), ptr<const int64_t>(position), use_max,
+                                       ptr<const int64_t>(span), spans, tokens, ordered, ptr<const int32_t>(group),
+                                       groups, keep, ptr<const int64_t>(keep_start), ptr<int64_t>(index),
+                                       ptr<float>(score)};
+    return int(cuda::attention_topk(args, ptr<void>(workspace), select_threads, {split, warps},
+                                    launch(stream, error, sm, sms)));
+  });
 }
