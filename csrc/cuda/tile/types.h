@@ -87,12 +87,17 @@ VIDTOK_DEVICE void trap() {
 
 // a·b + c rounded once. The build fuses nothing by itself (-fmad=false), so that every place says which it wants.
 VIDTOK_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+VIDTOK_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
 
 template <class T>
 VIDTOK_DEVICE T infinity();
 template <>
 VIDTOK_DEVICE float infinity<float>() {
   return bits_as<float>(0x7f800000u);
+}
+template <>
+VIDTOK_DEVICE double infinity<double>() {
+  return bits_as<double>(uint64_t(0x7ff) << 52);
 }
 
 VIDTOK_DEVICE float to_float(float x) { return x; }
