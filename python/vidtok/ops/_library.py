@@ -41,6 +41,7 @@ def define(
     if native is not None:
         native_kernel, file, function = native, native.__module__.rsplit(".", 1)[1], native.__name__
         compiled = select.holds(name.removesuffix("_grad"))
+        names = tuple(a.name for a in getattr(torch.ops.vidtok, name).default._schema.arguments)
 
         def cpu(*args: Any) -> Any:
             if state.native and compiled:
@@ -61,7 +62,11 @@ def define(
         def cuda(*args: Any) -> Any:
             if state.requested == "reference":
                 return reference(*args)
-            return gpu(_gpu_index(args), args)
+            index = _gpu_index(names, args)
+            if index == torch._C._cuda_getDevice():
+                return gpu(index, args)
+            with torch.cuda.device(index):
+                return gpu(index, args)
 
         LIB.impl(name, cpu, "CPU")
         LIB.impl(name, cuda, "CUDA")
@@ -71,18 +76,32 @@ def define(
     return getattr(torch.ops.vidtok, name).default
 
 
-def _gpu_index(args: tuple[Any, ...]) -> int:
-    """Index of the GPU that the arguments lie on; raises where they lie on two."""
-    found: int | None = None
-    for arg in args:
+# Lists of a few numbers, which callers give as Python lists or read on the host; kernels copy them to the device.
+_ON_HOST = ("grid", "grid_in", "grid_out", "window", "span", "group", "num_clusters")
+
+
+def _gpu_index(names: tuple[str, ...], args: tuple[Any, ...]) -> int:
+    """Index of the GPU that the arguments lie on; raises where they lie on two, or partly on the host."""
+    found = -1
+    for name, arg in zip(names, args):
         for t in arg if isinstance(arg, (list, tuple)) else (arg,):
-            if isinstance(t, Tensor) and t.is_cuda:
-                index = t.get_device()
-                if found is not None and index != found:
-                    raise ValueError(f"expected all tensors on cuda:{found}, got one on cuda:{index}")
+            if not isinstance(t, Tensor) or (t.is_cpu and name in _ON_HOST):
+                continue
+            index = t.get_device()
+            if found < 0 and t.is_cuda:
                 found = index
-    assert found is not None
+            if index != found or not t.is_cuda:
+                raise ValueError(f"expected all tensors on one GPU, got {name} on {t.device} {_beside(names, args, t)}")
     return found
+
+
+def _beside(names: tuple[str, ...], args: tuple[Any, ...], t: Tensor) -> str:
+    """Where another tensor of the call lies."""
+    for name, arg in zip(names, args):
+        for other in arg if isinstance(arg, (list, tuple)) else (arg,):
+            if isinstance(other, Tensor) and other.device != t.device and name not in _ON_HOST:
+                return f"and {name} on {other.device}"
+    return "alone"
 
 
 def needs_grad(x: Tensor) -> bool:

@@ -29,6 +29,7 @@ __all__ = [
     "launch",
     "obstacle",
     "pointer",
+    "refuse_long",
     "workspace",
 ]
 
@@ -155,6 +156,12 @@ def synchronize(device: torch.device | int | None = None) -> None:
     torch.cuda.synchronize(index)
     if _device(index).words[0]:
         _raise_pending(_device(index), late=True)
+
+
+def refuse_long(count: int, what: str) -> None:
+    """Raise where int32 indices cannot name so many rows."""
+    if count > 2**31 - 1:
+        raise ValueError(f"expected fewer than 2147483648 {what}, got {count}")
 
 
 def workspace(x: Tensor, nbytes: int) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vidtok.kernels import tables
-from vidtok.kernels.cuda import check, extension, launch, pointer
+from vidtok.kernels.cuda import check, extension, launch, pointer, refuse_long
 from vidtok.kernels.native.position_remap import _bits
 from vidtok.kernels.reference.position_remap import result_shape
 
@@ -40,6 +40,7 @@ def position_remap(
         flat += (t.data_ptr(), y.data_ptr(), outer, inner, size, _bits(t.dtype, value) if value else 0)
     if not out:
         return out
+    refuse_long(max(n, m), "tokens")
     x = tensors[0]
     on = launch(x)
     # Bytes move whatever their type; the tables know this operator by one name.
