@@ -123,7 +123,8 @@ struct ClusterRun {
     if (tile() == 128) return gram<128, 8>(wave);
     return choice.warps >= 8 ? gram<64, 8>(wave) : gram<64, 4>(wave);
   }
-  int tile() const { return choice.tile <= 32 ? 32 : choice.tile >= 128 ? 128 : 64; }
+  // Registers of sm_70 do not hold the halves of a tile of 128.
+  int tile() const { return choice.tile <= 32 ? 32 : choice.tile >= 128 && (sizeof(T) == 4 || on.sm >= 80) ? 128 : 64; }
 
   // Kernels of a warp per row; they return their status.
   template <class... A>

@@ -6,12 +6,15 @@
 
 namespace vidtok::cuda {
 
+// Blocks of an SM that the registers are shared among.
+template <int TILE, int WARPS>
+constexpr int kClusterResident = TILE == 128  ? 1
+                                 : TILE == 32 ? (VIDTOK_SM < 80 ? 4 : 5)
+                                              : (WARPS == 8 || VIDTOK_SM < 80 ? 2 : 3);
+
 // Distances of a wave's segments; blocks walk over the tiles of all of them.
 template <class T, int TILE, int WARPS>
-__global__ void __launch_bounds__(WARPS* kWarp, TILE == 32    ? 5
-                                                : TILE == 128 ? 1
-                                                : WARPS == 4  ? 3
-                                                              : 2)
+__global__ void __launch_bounds__(WARPS* kWarp, (kClusterResident<TILE, WARPS>))
     cluster_dpc_knn_gram_kernel(ClusterShape p, ClusterMemory m, const T* x, int wave, int stages, int64_t tile_bytes) {
   VIDTOK_SMEM(shared);
   unsigned char* const memory = shared.take<unsigned char>(tile_bytes);
@@ -33,10 +36,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, TILE == 32    ? 5
     const T* const rows = x + int64_t(s.begin) * p.x_stride;
     const GramRows<T> a{rows + i0 * p.x_stride, p.x_stride, s.n - i0}, b{rows + j0 * p.x_stride, p.x_stride, s.n - j0};
     GramTile<T, TILE, TILE, WARPS> tile(memory, stages);
-    if (i0 == j0)
-      tile.multiply(a, p.c);
-    else
-      tile.multiply(a, b, p.c);
+    tile.multiply(a, b, p.c, i0 == j0);
     const ClusterScale scale(s.norm, p.c);
     // Distances of a segment that is kept are fewer than 2^31.
     const uint32_t pitch = uint32_t(cluster_pitch(s.n)), i_first = uint32_t(i0), j_first = uint32_t(j0);

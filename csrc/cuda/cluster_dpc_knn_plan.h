@@ -202,7 +202,8 @@ __global__ void cluster_dpc_knn_norm_kernel(ClusterShape p, ClusterMemory m, con
     float* const diagonal = shared.take<float>(kTile);
     GramTile<T, kTile, kTile, 4> tile(memory, stages);
     const int64_t first = block() * kTile;
-    tile.multiply(GramRows<T>{x + first * p.x_stride, p.x_stride, p.n - first}, p.c);
+    const GramRows<T> rows{x + first * p.x_stride, p.x_stride, p.n - first};
+    tile.multiply(rows, rows, p.c, true);
     tile.for_each([&](int row, int col, float& sum) {
       if (row == col) diagonal[row] = sum;
     });

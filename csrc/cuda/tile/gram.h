@@ -47,14 +47,59 @@ class GramTile {
         row0_(warp() / kColWarps * TM + lane() / 4),
         col0_(warp() % kColWarps * TN + lane() % 4 * 2) {}
 
-  // All threads call it; when it returns, shared memory is free for the caller (after the barrier inside).
-  VIDTOK_DEVICE void multiply(const GramRows<T>& a, const GramRows<T>& b, int64_t channels) {
-    product(a, b, channels, false);
-  }
-  // Rows by themselves: they are copied once.
-  VIDTOK_DEVICE void multiply(const GramRows<T>& a, int64_t channels) {
-    static_assert(BM == BN, "a square");
-    product(a, a, channels, true);
+  // All threads call it; when it returns, shared memory is free for the caller (after the barrier inside). With `same`
+  // the rows are multiplied by themselves: b equals a and is not read.
+  VIDTOK_DEVICE void multiply(const GramRows<T>& a, const GramRows<T>& b, int64_t channels, bool same = false) {
+    const auto bits = [](const GramRows<T>& rows) {
+      return reinterpret_cast<uintptr_t>(rows.base) | uintptr_t(rows.stride * int64_t(sizeof(T)));
+    };
+    const bool aligned = (bits(a) | bits(b) | uintptr_t(channels * int64_t(sizeof(T)))) % 16 == 0;
+    const int64_t steps = (channels + kDepth - 1) / kDepth;
+    const int ahead = stages_ - 1;
+    int read = 0, write = 0;  // stages
+    const auto copy = [&](int64_t step) {
+      if (step < steps) {
+        unsigned char* const to = stage(write);
+        copy_side<kCopiesA>(to, a, step * kDepth, channels, aligned);
+        if (!same) copy_side<kCopiesB>(to + BM * kPitch, b, step * kDepth, channels, aligned);
+      }
+      copy_commit();
+      write = write + 1 == stages_ ? 0 : write + 1;
+    };
+    WmmaSum wmma[kWmma ? kMi : 1][kWmma ? kNi / 2 : 1] = {};
+    VIDTOK_UNROLL
+    for (int i = 0; i < kMi; ++i) {
+      VIDTOK_UNROLL
+      for (int j = 0; j < kNi; ++j) {
+        VIDTOK_UNROLL
+        for (int e = 0; e < 4; ++e) sum_[i][j][e] = 0;
+      }
+    }
+    // The first steps only copy ahead.
+    for (int64_t step = -ahead; step < steps; ++step) {
+      if (ahead == 1) copy_wait<0>();
+      if (ahead == 2) copy_wait<1>();
+      if (ahead >= 3) copy_wait<2>();
+      block_sync();  // this step is there, and what is overwritten next is no longer read
+      copy(step + ahead);
+      if (step < 0) continue;
+      if (ahead == 0) {
+        copy_wait<0>();
+        block_sync();
+      }
+      const unsigned char* const at = stage(read);
+      read = read + 1 == stages_ ? 0 : read + 1;
+      const unsigned char* const other = same ? at : at + BM * kPitch;
+      if constexpr (sizeof(T) == 4)
+        step_fma(at, other);
+      else if constexpr (kWmma)
+        step_wmma(at, other, wmma);
+      else
+        step_mma(at, other);
+    }
+    copy_wait<0>();
+    block_sync();
+    if constexpr (kWmma) reorder(wmma);
   }
 
   // f(row, column, sum&) for the sums of this thread, row by row.
@@ -103,94 +148,28 @@ class GramTile {
   VIDTOK_DEVICE unsigned char* stage(int i) const { return shared_ + i * (BM + BN) * kPitch; }
 
   template <int COPIES>
-  VIDTOK_DEVICE static void locate(const T* (&from)[COPIES], const GramRows<T>& rows) {
-    VIDTOK_UNROLL
-    for (int i = 0; i < COPIES; ++i) {
-      const int row = (thread() + i * kThreads) / 8;
-      from[i] = row >= rows.count ? nullptr
-                                  : rows.base + int64_t(rows.index != nullptr ? rows.index[row] : row) * rows.stride;
-    }
-  }
-
-  template <int COPIES>
-  VIDTOK_DEVICE static void copy_side(unsigned char* to, const T* const (&from)[COPIES], const T* base, int64_t begin,
-                                      int64_t channels, bool aligned) {
-    const int word = thread() % 8;
+  VIDTOK_DEVICE static void copy_side(unsigned char* to, const GramRows<T>& rows, int64_t begin, int64_t channels,
+                                      bool aligned) {
+    const int word = thread() % 8, first = thread() / 8;
     const int64_t at = begin + word * kPer;
     VIDTOK_UNROLL
     for (int i = 0; i < COPIES; ++i) {
-      unsigned char* const slot = to + place((thread() + i * kThreads) / 8, word);
+      const int row = first + i * (kThreads / 8);
+      const bool valid = row < rows.count;
+      const int64_t line = valid && rows.index != nullptr ? rows.index[row] : row;
+      const T* const from = rows.base + line * rows.stride + at;
+      unsigned char* const slot = to + place(row, word);
       if (aligned) {
-        const bool valid = from[i] != nullptr && at < channels;
-        copy_async(slot, valid ? from[i] + at : base, valid);
+        const bool inside = valid && at < channels;
+        copy_async(slot, inside ? from : rows.base, inside);
       } else {
         Vec<T, kPer> v{};
         VIDTOK_UNROLL
         for (int k = 0; k < kPer; ++k)
-          if (from[i] != nullptr && at + k < channels) v.v[k] = from[i][at + k];
+          if (valid && at + k < channels) v.v[k] = from[k];
         store(reinterpret_cast<T*>(slot), v);
       }
     }
-  }
-
-  VIDTOK_DEVICE void product(const GramRows<T>& a, const GramRows<T>& b, int64_t channels, bool same) {
-    const T* from_a[kCopiesA];
-    const T* from_b[kCopiesB];
-    locate<kCopiesA>(from_a, a);
-    locate<kCopiesB>(from_b, b);
-    const auto bits = [](const GramRows<T>& rows) {
-      return reinterpret_cast<uintptr_t>(rows.base) | uintptr_t(rows.stride * int64_t(sizeof(T)));
-    };
-    const bool aligned = (bits(a) | bits(b) | uintptr_t(channels * int64_t(sizeof(T)))) % 16 == 0;
-    const int64_t steps = (channels + kDepth - 1) / kDepth;
-    const int ahead = stages_ - 1;
-    int read = 0, write = 0;  // stages
-    const auto copy = [&](int64_t step) {
-      if (step < steps) {
-        unsigned char* const to = stage(write);
-        copy_side<kCopiesA>(to, from_a, a.base, step * kDepth, channels, aligned);
-        if (!same) copy_side<kCopiesB>(to + BM * kPitch, from_b, b.base, step * kDepth, channels, aligned);
-      }
-      copy_commit();
-      write = write + 1 == stages_ ? 0 : write + 1;
-    };
-    WmmaSum wmma[kWmma ? kMi : 1][kWmma ? kNi / 2 : 1] = {};
-    VIDTOK_UNROLL
-    for (int i = 0; i < kMi; ++i) {
-      VIDTOK_UNROLL
-      for (int j = 0; j < kNi; ++j) {
-        VIDTOK_UNROLL
-        for (int e = 0; e < 4; ++e) sum_[i][j][e] = 0;
-      }
-    }
-    block_sync();  // shared memory may still be in use
-    for (int i = 0; i < ahead; ++i) copy(i);
-    for (int64_t step = 0; step < steps; ++step) {
-      if (ahead == 0) {
-        block_sync();
-        copy(step);
-      }
-      if (ahead <= 1)
-        copy_wait<0>();
-      else if (ahead == 2)
-        copy_wait<1>();
-      else
-        copy_wait<2>();
-      block_sync();  // this step is there, and the step before is no longer read
-      if (ahead > 0) copy(step + ahead);
-      const unsigned char* const at = stage(read);
-      read = read + 1 == stages_ ? 0 : read + 1;
-      const unsigned char* const other = same ? at : at + BM * kPitch;
-      if constexpr (sizeof(T) == 4)
-        step_fma(at, other);
-      else if constexpr (kWmma)
-        step_wmma(at, other, wmma);
-      else
-        step_mma(at, other);
-    }
-    copy_wait<0>();
-    block_sync();
-    if constexpr (kWmma) reorder(wmma);
   }
 
   // One step of all sums. Those of a step start at zero and are added to the rest, which keeps errors small.
