@@ -49,7 +49,7 @@ def test_without_isolation_with_this_environment(tree: Path, venv: Venv) -> None
 def test_editable_install(tree: Path, venv: Venv) -> None:
     # Without nvcc, too: nothing is said of a failure.
     without = {"VIDTOK_NO_CUDA": "", "CUDACXX": "/nonexistent/nvcc"}
-    said = venv.pip("install", "-v", "--no-deps", "--no-build-isolation", "-e", tree, **without)
+    said = venv.pip("install", "-vv", "--no-deps", "--no-build-isolation", "-e", tree, **without)
     assert "vidtok: no nvcc: the CPU part is built" in said
     assert not list(tree.rglob("_cuda*.so"))
     assert str(tree) in venv.run(WORKS)
