@@ -67,7 +67,7 @@ check-gpu-asan: venv
 	$(TIMED) gpu-asan 7 scripts/gpu_host $(PYTHON) 80 address,undefined
 
 check-gpu-triton: install
-	$(TIMED) gpu-triton 5 env TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 tests/kernels/test_triton.py
+	$(TIMED) gpu-triton 5 env TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 tests/kernels/test_triton.py tests/kernels/test_triton_paths.py tests/kernels/test_knobs.py
 
 check-gpu-compile: venv
 	$(TIMED) gpu-compile 6 bash -c '$(PYTHON) scripts/cuda_compile && $(PYTHON) scripts/triton_compile'

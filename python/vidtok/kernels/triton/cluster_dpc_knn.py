@@ -528,7 +528,8 @@ def cluster_dpc_knn(x: Tensor, num_clusters: Tensor, k: int, cu_seqlens: Tensor 
     distance = x.new_empty(stored, dtype=torch.int32)
     norm, factor = x.new_empty(n, dtype=torch.float32), x.new_empty(segments, dtype=torch.float32)
     unit = x.new_empty(segments, dtype=torch.float64)
-    segment, density, largest, rank = x.new_empty(4, n, dtype=torch.int32).unbind()
+    # Rows of whole vectors, since Triton compiles anew for pointers that are not aligned to 16 bytes.
+    segment, density, largest, rank = x.new_empty(4, ceil_div(n, 4) * 4, dtype=torch.int32).unbind()
     score = x.new_empty(n, dtype=torch.int64)
     table = x.new_empty(segments * FIELDS.value, dtype=torch.int64)
     search = segments.bit_length()
@@ -537,7 +538,7 @@ def cluster_dpc_knn(x: Tensor, num_clusters: Tensor, k: int, cu_seqlens: Tensor 
     row_warps = min(max(row // 512, 1), 8)
     # Tiles of the upper triangles of segments with at most ``stored`` distances and n tokens in all.
     sides = n // tile + segments
-    tiles = min(sides * (sides + 1) // 2, (stored // (tile * tile) + 3 * (n // tile) + 2 * segments) // 2 + 1)
+    tiles = min(sides * (sides + 1) // 2, (stored // (tile * tile) + 3 * (n // tile) + 2 * segments) // 2 + 3)
     with _common.on_device(x):
         _norms[(n,)](
             x, cu, norm, segment, segments, *sizes, VECTOR=vector, BLOCK=power_of_2(c, 16, CHUNK), SEARCH=search,
@@ -552,8 +553,8 @@ def cluster_dpc_knn(x: Tensor, num_clusters: Tensor, k: int, cu_seqlens: Tensor 
         if stored:
             _gram[(tiles,)](x, norm, table, factor, distance, segments, *sizes, SEARCH=search, **blocks)
             _density[(n,)](distance, table, segment, unit, density, largest, k, **rows)
-        # Sweeps hold more beside a tile than the Gram matrix does.
-        sweep = {**blocks, "TILE": min(tile, 64)}
+        # Sweeps hold more beside a tile than the Gram matrix does, and fp32 products more than those of tensor cores.
+        sweep = {**blocks, "TILE": min(tile, 32 if x.dtype == torch.float32 else 64)}
         tokens, sweeps = (x, norm, table, segment, factor), (ceil_div(n, sweep["TILE"]),)
         if swept:
             kept = power_of_2(min(k, longest), 16)
@@ -580,25 +581,26 @@ def specimens() -> list[Specimen]:
     found = {"density": "*i32", "largest": "*i32", "score": "*i64"}
     sizes = {"channels": "i32", "x_stride": "i32"}
     for dtype, pointer in POINTER.items():
-        name, shape = pointer[1:], {"VECTOR": 16 // dtype.itemsize, "TILE": 64, "DEPTH": 64}
+        name, shape = pointer[1:], {"VECTOR": 16 // dtype.itemsize, "TILE": 64, "DEPTH": 32}
         signature = {"x": pointer, "cu": "*i32", "norm": "*fp32", "segment": "*i32", "segments": "i32", **sizes}
         out.append(
             Specimen(f"norms {name}", _norms, signature, {"VECTOR": shape["VECTOR"], "BLOCK": 1024, "SEARCH": 5})
         )
         signature = {"x": pointer, "norm": "*fp32", "table": "*i64", "factor": "*fp32", "distance": "*i32"}
         signature |= {"segments": "i32", **sizes}
-        out.append(Specimen(f"gram {name}", _gram, signature, {**shape, "SEARCH": 5}, 4, 2))
+        out.append(Specimen(f"gram {name}", _gram, signature, {**shape, "SEARCH": 5}, 8, 2))
+        shape["TILE"] = 32 if dtype == torch.float32 else 64
         tokens = {"x": pointer, **numbers}
         kept = {"density": "*i32", "largest": "*i32", "total": "i32", "k": "i32", **sizes}
         for length in (16, 0):
             signature = {**tokens, **kept}
             listed = {**shape, "LIST": length}
-            out.append(Specimen(f"swept density, list of {length} {name}", _swept_density, signature, listed, 4, 2))
+            out.append(Specimen(f"swept density, list of {length} {name}", _swept_density, signature, listed, 8, 2))
         signature = {**tokens, **found, "total": "i32", **sizes}
-        out.append(Specimen(f"swept scores {name}", _swept_scores, signature, shape, 4, 2))
+        out.append(Specimen(f"swept scores {name}", _swept_scores, signature, shape, 8, 2))
         signature = {k: v for k, v in tokens.items() if k != "unit"}
         signature |= {"rank": "*i32", "center": "*i64", "assignment": "*i64", "total": "i32", **sizes}
-        out.append(Specimen(f"swept assign {name}", _swept_assign, signature, shape, 4, 2))
+        out.append(Specimen(f"swept assign {name}", _swept_assign, signature, shape, 8, 2))
     signature = {"cu": "*i32", "norm": "*fp32", "counts": "*i64", "starts": "*i64", "table": "*i64"}
     signature |= {"factor": "*fp32", "unit": "*fp64", "center": "*i64", "total": "i32", "segments": "i32"}
     signature |= {"count_step": "i32", "room": "i32", "channels": "i32", "num_center": "i32", "error": "*i32"}
