@@ -19,6 +19,7 @@
 #if defined(VIDTOK_HOST)
 #include "cuda/host/host.h"
 #include "cuda/host/samples.h"
+#include "cuda/host/tiles.h"
 #endif
 
 namespace py = pybind11;
@@ -106,6 +107,22 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def("switch_fibers", [](int64_t rounds, uintptr_t stream, uintptr_t error, int sm, int sms) {
     return int(host::switch_fibers(rounds, launch(stream, error, sm, sms)));
+  });
+  m.def("run_mma", [](bool bf16, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t a_words, uintptr_t b_words,
+                      uintptr_t d, uintptr_t stream, uintptr_t error, int sm, int sms) {
+    return int(host::run_mma(bf16, ptr<void>(a), ptr<void>(b), ptr<float>(c), ptr<uint32_t>(a_words),
+                             ptr<uint32_t>(b_words), ptr<float>(d), launch(stream, error, sm, sms)));
+  });
+  m.def("run_wmma", [](uintptr_t a, uintptr_t b, uintptr_t out, uintptr_t stream, uintptr_t error, int sm, int sms) {
+    return int(host::run_wmma(ptr<void>(a), ptr<void>(b), ptr<float>(out), launch(stream, error, sm, sms)));
+  });
+  m.def("run_gram", [](int dtype, uintptr_t a, uintptr_t b, int64_t a_stride, int64_t b_stride, int64_t a_rows,
+                       int64_t b_rows, int64_t channels, uintptr_t index, bool same, int tile, int warps, int stages,
+                       uintptr_t out, uintptr_t row_max, uintptr_t stream, uintptr_t error, int sm, int sms) {
+    return int(
+        host::run_gram({static_cast<DType>(dtype), ptr<void>(a), ptr<void>(b), a_stride, b_stride, a_rows, b_rows,
+                        channels, ptr<int32_t>(index), same, tile, warps, stages, ptr<float>(out), ptr<float>(row_max)},
+                       launch(stream, error, sm, sms)));
   });
 #endif
   // Every call: its arguments, the choice of the tuning table, then the launch (stream, error, sm, sms).
@@ -231,29 +248,49 @@ PYBIND11_MODULE(_cuda, m) {
                                            static_cast<ContourRule>(rule), ptr<int64_t>(index), ptr<float>(distance)},
                                           ptr<void>(workspace), {threads}, launch(stream, error, sm, sms)));
         });
-  m.def("attention_topk_workspace", [](int dtype, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t width,
-                                       int64_t length, int64_t dim, int64_t tokens, bool ordered, int split,
-                                       int warps) {
-    cuda::AttentionTopkArgs args{};
-    args.dtype = static_cast<DType>(dtype);
-    args.batch = batch, args.q_heads = q_heads, args.kv_heads = kv_heads, args.width = width, args.length = length;
-    args.dim = dim, args.tokens = tokens, args.ordered = ordered;
-    return cuda::attention_topk_workspace(args, {split, warps});
-  });
-  m.def("attention_topk", [](uintptr_t query, uintptr_t key, int dtype, int64_t batch, int64_t q_heads,
-                             int64_t kv_heads, int64_t width, int64_t length, int64_t dim, int64_t key_batch,
-                             int64_t key_head, int64_t key_row, float scale, uintptr_t mask, uintptr_t position,
-                             bool use_max, uintptr_t span, int64_t spans, int64_t tokens, bool ordered,
-                             uintptr_t group, int64_t groups, int64_t keep, uintptr_t keep_start, uintptr_t index,
-                             uintptr_t score, uintptr_t workspace, int select_threads, int split, int warps,
-                             uintptr_t stream, uintptr_t error, int sm, int sms) {
-    const cuda::AttentionTopkArgs args{ptr<const void>(query), ptr<const void>(key), static_cast<DType>(dtype), batch,
-                                       q_heads, kv_heads, width, length, dim, key_batch, key_head, key_row, scale,
-                                       ptr<const uint8_t>(mask), ptr<const int64_t>(position), use_max,
-                                       ptr<const int64_t>(span), spans, tokens, ordered, ptr<const int32_t>(group),
-                                       groups, keep, ptr<const int64_t>(keep_start), ptr<int64_t>(index),
-                                       ptr<float>(score)};
-    return int(cuda::attention_topk(args, ptr<void>(workspace), select_threads, {split, warps},
-                                    launch(stream, error, sm, sms)));
-  });
+  m.def(
+      "attention_topk_workspace", [](int dtype, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t width,
+                                     int64_t length, int64_t dim, int64_t tokens, bool ordered, int split, int warps) {
+        cuda::AttentionTopkArgs args{};
+        args.dtype = static_cast<DType>(dtype);
+        args.batch = batch, args.q_heads = q_heads, args.kv_heads = kv_heads, args.width = width, args.length = length;
+        args.dim = dim, args.tokens = tokens, args.ordered = ordered;
+        return cuda::attention_topk_workspace(args, {split, warps});
+      });
+  m.def(
+      "attention_topk",
+      [](uintptr_t query, uintptr_t key, int dtype, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t width,
+         int64_t length, int64_t dim, int64_t key_batch, int64_t key_head, int64_t key_row, float scale, uintptr_t mask,
+         uintptr_t position, bool use_max, uintptr_t span, int64_t spans, int64_t tokens, bool ordered, uintptr_t group,
+         int64_t groups, int64_t keep, uintptr_t keep_start, uintptr_t index, uintptr_t score, uintptr_t workspace,
+         int select_threads, int split, int warps, uintptr_t stream, uintptr_t error, int sm, int sms) {
+        const cuda::AttentionTopkArgs args{ptr<const void>(query),
+                                           ptr<const void>(key),
+                                           static_cast<DType>(dtype),
+                                           batch,
+                                           q_heads,
+                                           kv_heads,
+                                           width,
+                                           length,
+                                           dim,
+                                           key_batch,
+                                           key_head,
+                                           key_row,
+                                           scale,
+                                           ptr<const uint8_t>(mask),
+                                           ptr<const int64_t>(position),
+                                           use_max,
+                                           ptr<const int64_t>(span),
+                                           spans,
+                                           tokens,
+                                           ordered,
+                                           ptr<const int32_t>(group),
+                                           groups,
+                                           keep,
+                                           ptr<const int64_t>(keep_start),
+                                           ptr<int64_t>(index),
+                                           ptr<float>(score)};
+        return int(cuda::attention_topk(args, ptr<void>(workspace), select_threads, {split, warps},
+                                        launch(stream, error, sm, sms)));
+      });
 }
