@@ -5,11 +5,12 @@
 namespace vidtok::cuda {
 
 constexpr int kMergeThreads = 256;
+constexpr int kMergeResident = 3;  // blocks of an SM
 
 template <class T, bool MEAN, int WARPS>
 __global__ void __launch_bounds__(WARPS* kWarp, 1)
     bipartite_match_kernel(BipartiteMetric metric, BipartiteSequences all, int64_t parts, uint32_t* key,
-                           int32_t* target) {
+                           int32_t* target, BipartiteRows rows) {
   using E = typename MetricElement<T, MEAN>::Type;
   constexpr int kTile = kStripRows * WARPS;
   VIDTOK_SMEM(shared);
@@ -17,13 +18,18 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1)
   const BipartitePart at(all.cu, all.batch, 2 * kTile, parts, block());
   const BipartiteSequence s(all, at.sequence);
   const int64_t first = s.first_source + at.part * kTile;
-  if (s.merges() > 0 && first < s.first_source + s.sources)
+  if (s.merges() > 0 && first < s.first_source + s.sources) {
+    if (s.begin < rows.ahead) {
+      const int64_t shares = (s.sources + kTile - 1) / kTile;
+      prefetch_rows(s, rows, at.part * s.tokens / shares, (at.part + 1) * s.tokens / shares);
+    }
     match_strip<T, MEAN, WARPS>(metric, s, int(first), memory, key + s.slots(), target + s.slots());
+  }
 }
 
 // T: the type of x.
 template <class T, int N>
-__global__ void __launch_bounds__(kMergeThreads, VIDTOK_SM < 80 ? 2 : 3)
+__global__ void __launch_bounds__(kMergeThreads, VIDTOK_SM < 80 ? 2 : kMergeResident)
     bipartite_merge_kernel(BipartiteSequences all, int64_t parts, int per, const uint32_t* key, const int32_t* target,
                            BipartiteLists lists, BipartiteRows rows) {
   VIDTOK_SMEM(shared);
@@ -37,6 +43,10 @@ __global__ void __launch_bounds__(kMergeThreads, VIDTOK_SM < 80 ? 2 : 3)
   }
   if (first < s.outputs) {
     const int count = int(smaller(int64_t(per), s.outputs - first));
+    if (s.begin >= rows.ahead && rows.more_ahead > 0) {
+      const int64_t shares = (s.outputs + per - 1) / per, share = at.part * s.tokens / shares;
+      prefetch_rows(s, rows, share, smaller(share + rows.more_ahead, (at.part + 1) * s.tokens / shares));
+    }
     merge_lists(s, int(first), count, key + s.slots(), target + s.slots(), lists, memory);
     if (rows.x != nullptr) merge_rows<T, N>(s, int(first), count, lists, rows, memory);
   } else if (first == 0 && thread() == 0) {
@@ -62,6 +72,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1)
     if (lists.cu_out != nullptr) lists.cu_out[all.batch] = int32_t(lists.m);
   }
   if (s.outputs > 0) {
+    prefetch_rows(s, rows, 0, smaller(rows.more_ahead, s.tokens));
     if (s.merges() > 0)
       for (int first = s.first_source; first < s.first_source + s.sources; first += kTile)
         match_strip<T, MEAN, WARPS>(metric, s, first, strip, key, target);
@@ -77,6 +88,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, 1)
 
 #if !defined(__CUDACC_RTC__)
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "cuda/bipartite.h"
@@ -143,8 +155,15 @@ Call call_of(const BipartiteArgs& a, int64_t longest) {
   const bool vectors =
       a.x != nullptr && whole(a.x, 16, x_size, {a.c, a.x_row, ragged ? 0 : a.x_batch}) && whole(a.y, 16, x_size, {});
   c.accesses = vectors ? int(16 / x_size) : 1;
-  c.rows = {a.x, a.y, ragged ? 0 : a.x_batch, a.x_row, int(a.c / c.accesses)};
+  c.rows = {a.x, a.y, ragged ? 0 : a.x_batch, a.x_row, int(x_size), int(a.c / c.accesses), a.c * x_size, 0, 0};
   return c;
+}
+
+// Rows that may be read ahead without pushing one another out of the second-level cache: about half of a small one
+// of the SM's family, in rows of x.
+int64_t rows_ahead(const Call& c, const Launch& on) {
+  if (c.rows.x == nullptr || c.rows.bytes == 0) return 0;
+  return (int64_t(on.sm >= 90 ? 24 : on.sm == 89 ? 12 : on.sm == 80 ? 16 : 2) << 20) / c.rows.bytes;
 }
 
 template <class E>
@@ -162,13 +181,14 @@ int64_t merge_bytes(int64_t outputs, int64_t met) {
 }
 
 template <class T, bool MEAN>
-Status in_one_block(const Call& c, const Launch& on, bool* fits) {
+Status in_one_block(Call c, const Launch& on, bool* fits) {
   using E = typename MetricElement<T, MEAN>::Type;
   const int64_t slots = (c.longest + 1) / 2;
   const int64_t shared =
       strip_bytes<E>(c.metric.dim, kBlockWarps, on.sm) + merge_bytes(c.longest, slots) + 2 * carved<int32_t>(slots);
   *fits = shared <= shared_limit(on.sm);
   if (!*fits) return Status::ok;
+  c.rows.more_ahead = int(std::min(rows_ahead(c, on) / std::min<int64_t>(c.all.batch, on.sms), c.longest));
   return VIDTOK_LAUNCH((bipartite_block_kernel<T, MEAN, kBlockWarps>), c.all.batch, kBlockWarps * kWarp, shared, on,
                        c.metric, c.all, int(c.longest), c.lists, c.rows);
 }
@@ -183,7 +203,7 @@ Status match(const Call& c, uint32_t* key, int32_t* target, const Launch& on) {
   const int64_t parts = ceil_div((c.longest + 1) / 2, kTile);
   const int64_t blocks = c.all.cu == nullptr ? c.all.batch * parts : c.lists.n / (2 * kTile) + c.all.batch;
   return VIDTOK_LAUNCH((bipartite_match_kernel<T, MEAN, WARPS>), blocks, WARPS * kWarp, shared, on, c.metric, c.all,
-                       parts, key, target);
+                       parts, key, target, c.rows);
 }
 
 template <class T, bool MEAN>
@@ -193,12 +213,13 @@ Status match_by(int tile, const Call& c, uint32_t* key, int32_t* target, const L
 }
 
 template <class T, int N>
-Status merge(const Call& c, const uint32_t* key, const int32_t* target, const Launch& on) {
+Status merge(Call c, const uint32_t* key, const int32_t* target, const Launch& on) {
   // Small parts where they would not fill the GPU, larger ones where each has many sources to select from.
   const int64_t small = c.lists.m < int64_t(on.sms) * 256 ? 32 : 64;
   const int64_t per = c.longest > 8192 ? 128 : small;
   const int64_t parts = c.all.cu_out == nullptr ? ceil_div(c.all.outputs, per) : 0;
   const int64_t blocks = c.all.cu_out == nullptr ? c.all.batch * parts : c.lists.m / per + c.all.batch;
+  c.rows.more_ahead = int(std::min(rows_ahead(c, on) / (int64_t(on.sms) * kMergeResident), c.longest));
   return VIDTOK_LAUNCH((bipartite_merge_kernel<T, N>), blocks, kMergeThreads, merge_bytes(per, kMetMost), on, c.all,
                        parts, int(per), key, target, c.lists, c.rows);
 }
@@ -217,7 +238,7 @@ Status merge_by(const Call& c, const uint32_t* key, const int32_t* target, const
 }
 
 template <class T>
-Status run(const Call& c, void* workspace, const BipartiteChoice& choice, const Launch& on) {
+Status run(Call c, void* workspace, const BipartiteChoice& choice, const Launch& on) {
   const bool mean = c.metric.heads > 1;
   if (choice.one_block && (c.rows.x == nullptr || (c.x_dtype == c.dtype && c.accesses > 1))) {
     bool fits = false;
@@ -227,6 +248,7 @@ Status run(const Call& c, void* workspace, const BipartiteChoice& choice, const 
   uint32_t* const key = static_cast<uint32_t*>(workspace);
   int32_t* const target = static_cast<int32_t*>(workspace) + workspace_slots(c.lists.n, c.all.batch);
   if (c.merges > 0) {
+    c.rows.ahead = rows_ahead(c, on);
     const Status status =
         mean ? match_by<T, true>(choice.tile, c, key, target, on) : match_by<T, false>(choice.tile, c, key, target, on);
     if (status != Status::ok) return status;

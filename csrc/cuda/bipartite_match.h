@@ -78,6 +78,26 @@ struct BipartiteMetric {
   float steps;   // of the grid that a cosine is rounded to
 };
 
+// x is null where only the lists are asked for.
+struct BipartiteRows {
+  const void* x;
+  void* y;
+  int64_t batch, row;  // strides in elements
+  int item, per_row;   // bytes of an element, accesses of a row
+  int64_t bytes;       // of a row
+  // What is read ahead of its use: by the match, tokens of all before this one; by a block that merges, so many more.
+  int64_t ahead;
+  int more_ahead;
+};
+
+// Tokens first .. end of a sequence, a warp per row.
+VIDTOK_DEVICE void prefetch_rows(const BipartiteSequence& s, const BipartiteRows& rows, int64_t first, int64_t end) {
+  const uint8_t* const x =
+      static_cast<const uint8_t*>(rows.x) + (s.packed ? s.begin * rows.row : s.index * rows.batch) * rows.item;
+  for (int64_t token = first + warp(); token < end; token += warps())
+    for (int64_t b = lane() * 32; b < rows.bytes; b += kWarp * 32) prefetch(x + token * rows.row * rows.item + b);
+}
+
 // Rounded cosines as keys: 0 is no source, 1 a NaN, then −1 .. 1 in steps of the grid.
 struct CosineKey {};
 template <>

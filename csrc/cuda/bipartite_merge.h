@@ -14,14 +14,6 @@ struct BipartiteLists {
   int64_t n, m;
 };
 
-// x is null where only the lists are asked for.
-struct BipartiteRows {
-  const void* x;
-  void* y;
-  int64_t batch, row;  // strides in elements
-  int per_row;         // accesses
-};
-
 // Sources that meet a destination of this block: their slots, and the destination's place among the block's outputs.
 // Where they are more than the list holds, every destination searches all sources.
 constexpr int kMetMost = 1024;
@@ -117,6 +109,38 @@ struct Merging {
   }
 };
 
+// Where to cut for the `merges` best of n sources, all but the last tie, of which there are *ties in all.
+VIDTOK_DEVICE Merging best_sources(const uint32_t* key, int n, int merges, int32_t* scratch, int64_t* ties) {
+  constexpr int kFew = 160;  // so many are ranked by comparing each with each
+  if (merges == 0) return {0xffffffffu, 0, -1};
+  if (n > kFew || n > threads()) {
+    const auto cut = radix_cut<CosineKey>([&](int64_t i, int) { return key[i]; }, n, merges, scratch);
+    *ties = cut.ties;
+    return {cut.prefix, cut.shift, -1};
+  }
+  uint32_t* const all = reinterpret_cast<uint32_t*>(scratch);
+  uint32_t* const found = all + kFew;
+  const int i = thread();
+  block_sync();
+  if (i < n) all[i] = key[i];
+  block_sync();
+  if (i < n) {
+    const uint32_t mine = all[i];
+    int above = 0, equal = 0;
+    for (int j = 0; j < n; ++j) {
+      above += all[j] > mine;
+      equal += all[j] == mine && j < i;
+    }
+    if (above + equal == merges - 1) {
+      found[0] = mine;
+      found[1] = uint32_t(equal + 1);
+    }
+  }
+  block_sync();
+  *ties = found[1];
+  return {found[0], 0, -1};
+}
+
 // The lists of the outputs first .. first + count. key[slot] and target[slot] come from match_strip.
 VIDTOK_DEVICE void merge_lists(const BipartiteSequence& s, int first, int count, const uint32_t* key,
                                const int32_t* target, const BipartiteLists& lists, const MergeMemory& memory) {
@@ -162,15 +186,8 @@ VIDTOK_DEVICE void merge_lists(const BipartiteSequence& s, int first, int count,
       if (destination) place(before_destinations + high_count(before), token + 1);
     }
   }
-  Merging merging{0xffffffffu, 0, -1};
   int64_t ties = 0;
-  if (merges > 0) {
-    const auto cut = radix_cut<CosineKey>([&](int64_t i, int) { return key[s.first_source + i]; }, s.sources, merges,
-                                          memory.scratch);
-    merging.prefix = cut.prefix;
-    merging.shift = cut.shift;
-    ties = cut.ties;
-  }
+  Merging merging = best_sources(key + s.first_source, s.sources, merges, memory.scratch, &ties);
   block_sync();
   // The destinations of this block, in slots.
   const int first_place = smaller(larger(before_destinations - first, 0), count);
