@@ -109,10 +109,10 @@ def changed(name: str, factor: float) -> Gpu:
         ("sms", 0.25, {"attention_topk", "contour_select", "pool_packed", "position_remap", "topk_select"}),
         ("sms", 2, {"adjacent_similarity", "bipartite", "cluster_dpc_knn", "plan_apply"}),
         ("shared", 0.5, {"adjacent_similarity", "attention_topk", "bipartite", "cluster_dpc_knn", "topk_select"}),
-        ("registers_sm", 0.5, {"adjacent_similarity", "attention_topk", "bipartite", "cluster_dpc_knn", "plan_apply"}),
+        ("registers_sm", 0.5, {"adjacent_similarity", "bipartite", "cluster_dpc_knn", "plan_apply", "topk_select"}),
         ("bandwidth", 0.25, {"attention_topk", "bipartite", "cluster_dpc_knn", "plan_apply", "pool_packed"}),
         ("tensor16", 0.25, {"bipartite", "cluster_dpc_knn"}),
-        ("fp32", 4, {"attention_topk", "bipartite", "contour_select"}),
+        ("fp32", 4, {"bipartite", "cluster_dpc_knn", "contour_select"}),
     ],
 )
 def test_entries_follow_their_inputs(name: str, factor: float, operators: set[str]) -> None:
@@ -251,6 +251,7 @@ def test_shipped_entries_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SHAPE = {"rows": 8192, "channels": 4096, "itemsize": 2}
+DPC = {"segments": 32, "longest": 256, "channels": 4096}
 ATTENTION = {"length": 8192, "q_heads": 28, "kv_heads": 4, "dim": 128, "rows": 1}
 
 
@@ -322,9 +323,7 @@ def test_user_table_keeps_bits_together(user: Path) -> None:
         (json.dumps(tuned([line("plan_apply", {"rows": 1}, {"threads": 128, "vectors": 1})])), "expected a bucket"),
         (json.dumps(tuned([line("nothing", SHAPE, {})])), "expected a backend and an operator"),
         (
-            json.dumps(tuned([line("attention_topk", ATTENTION, {"split": 1024, "warps": 8})], sm=86)).replace(
-                '["float16"]', '["float32"]'
-            ),
+            json.dumps(tuned([line("cluster_dpc_knn", DPC, {"tile": 128, "warps": 8, "stages": 4})], sm=86)),
             "does not fit",
         ),
     ],

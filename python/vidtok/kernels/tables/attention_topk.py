@@ -1,12 +1,11 @@
 """attention_topk: the keys are cut in pieces of ``split``, one block per piece and key head; then one launch
-combines the pieces and one selects.
+combines the pieces, one sums over heads and one selects.
 
-Bytes: keys once, logits in fp32 written and read once. The query rows of a group share the keys; they are padded to
-16 for tensor cores (fp32 inputs use FMA). Small pieces fill more SMs and leave more partial sums to combine, which
-one block per head does in series; large pieces leave SMs idle. Shared memory: ``stages`` tiles of 64 keys (fewer
-where the dimension is large), the queries, and 16 fp32 logits per key of the piece. ``split`` and the warps cut the
-softmax sums, so they change bits and are chosen on the length, heads and dimension with one query row. Triton's
-registers are a line through what its compiler reports on sm_80.
+Bytes: keys once, logits in fp32 written and read once. The query rows of a group share the keys; they are padded to 8,
+16 or 32 (Triton: 16); fp32 inputs use FMA. Small pieces fill more SMs and leave more partial sums to combine, a warp
+per row; large pieces leave SMs idle. A CUDA block takes 16 keys per warp at a time, in as many stages as the SM's
+shared memory bears. ``split`` and the warps cut the softmax sums, so they change bits and are chosen on the length,
+heads and dimension with one query row. Registers are the compilers' (sm_80), for Triton a line through them.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "triton": {"split": (256, 64, 128, 512, 1024), "num_warps": (4, 1, 2, 8), "num_stages": (2, 1, 3, 4)},
 }
 BITS: dict[str, frozenset[str]] = {"cuda": frozenset({"split", "warps"}), "triton": frozenset({"split", "num_warps"})}
+# Registers per thread of the CUDA kernel by query rows of a block, as its compiler reports on sm_80: 16 bits, fp32.
+REGISTERS = {8: (48, 48), 16: (63, 128), 32: (122, 181)}
 SHAPES = [
     {"length": n, "q_heads": 28, "kv_heads": 4, "dim": 128, "rows": rows}
     for n, rows in ((1024, 1), (8192, 1), (32768, 1), (65536, 1), (8192, 16), (32768, 64))
@@ -46,52 +47,62 @@ def frozen(shape: Shape) -> dict[str, int]:
 def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Works:
     """The launches of a call."""
     length, dim, kv, split = shape["length"], shape["dim"], shape["kv_heads"], knobs["split"]
-    warps = knobs.get("warps") or knobs["num_warps"]
-    # Triton's compiler does not pipeline this loop: its shared memory is the same with any number of stages.
-    stages = 2 if backend == "cuda" and gpu.sm >= 80 else 1
-    threads, item, tensor = 32 * warps, size(dtype), dtype != "float32"
-    queries = max(1, shape["q_heads"] // kv) * shape["rows"]
-    groups = ceil(queries, 16)
-    pieces = ceil(length, split)
-    step = 64 if dim * item <= 512 else 32 if dim * item <= 1024 else 8
-    tile = step * dim * item
-    tiles = ceil(split, step)
-    keys, logits = kv * length * dim * item, 4 * kv * queries * length
-    flops = 2.0 * 16 * groups * kv * pieces * split * dim
-    # A tile of keys is waited for unless the stages before it cover its way from memory.
-    wait = LATENCY * (1 + (tiles - 1) / max(1, stages))
+    warps, item, tensor = knobs.get("warps") or knobs["num_warps"], size(dtype), dtype != "float32"
+    threads, queries = 32 * warps, max(1, shape["q_heads"] // kv) * shape["rows"]
     if backend == "cuda":
-        registers = 48 + ceil(16 * step, threads) + (0 if tensor else 16)
-        shared = stages * tile + 4 * 16 * split + 16 * dim * item
+        keys, rows = 16 * warps, 8 if queries <= 8 else 16 if queries <= 16 else 32
+        if keys > split:
+            return f"{warps} warps take {keys} keys at a time, more than the {split} of a piece"
+        tensor = tensor and gpu.sm >= 80
+        stages = 1 if gpu.sm < 80 else 2 if gpu.sm in (86, 89) else 3
+        chunks, stage = ceil(dim * item, 256), 272 * (keys + rows)
+        while stages > 1 and stages * stage + 4096 > gpu.shared_block:
+            stages -= 1
+        registers, shared = REGISTERS[rows][0 if item == 2 else 1], stages * stage + 8 * warps * rows
     else:
+        # Triton's compiler does not pipeline this loop: its shared memory is the same with any number of stages.
+        keys, rows, stages, chunks = min(64, split), 16, 1, 1
         registers = 90 + ceil(80 * min(dim, 128), threads)
-        shared = (step + 16) * (dim * item if tensor else min(128, 4 * dim))
+        shared = stage = (keys + 16) * (min(dim, 256) * item if tensor else min(128, 4 * dim))
+    pieces, groups, tiles = ceil(length, split), ceil(queries, rows), ceil(split, keys)
+    logits = 4.0 * kv * queries * length
+    # A tile of keys is waited for unless the stages before it cover its way from memory.
+    wait = LATENCY * (1 + (tiles * chunks - 1) / stages / 2)
     score = Work(
         blocks=kv * pieces * groups,
         threads=threads,
         registers=registers,
         shared=shared,
-        bytes=keys + logits,
-        flight=stages * tile / threads,
-        l2=float(keys * groups + logits),
-        flops=flops,
+        bytes=kv * length * dim * item + logits,
+        flight=stages * stage / threads,
+        l2=float(kv * length * dim * item * groups + logits),
+        flops=2.0 * rows * groups * kv * pieces * tiles * keys * dim,
         tensor=tensor,
-        chain=wait + tiles * (2 * barrier(threads) + step / warps * CYCLE) + 10 * BARRIER,
+        chain=wait + tiles * chunks * (2 * barrier(threads) + 60 * CYCLE) + 10 * BARRIER,
         name="the score kernel",
     )
     combine = Work(
-        blocks=ceil(length, 1024),
-        threads=256,
-        registers=40,
-        shared=2048,
-        bytes=4.0 * length,
-        flight=16.0,
-        l2=logits + 8.0 * kv * queries * pieces * ceil(length, 1024),
-        flops=4.0 * queries * kv * length,
-        chain=2 * LATENCY + ceil(pieces, 32) * 20 * CYCLE * max(1, queries * kv // 8) + 2 * barrier(256),
+        blocks=ceil(kv * queries, 4),
+        threads=128,
+        registers=28,
+        shared=0,
+        bytes=8.0 * kv * queries * pieces,
+        flight=8.0,
+        chain=LATENCY * (1 + ceil(pieces, 32)) + 20 * CYCLE,
         name="the combination",
     )
-    return [score, combine]
+    total = Work(
+        blocks=ceil(length, 256),
+        threads=256,
+        registers=48,
+        shared=0,
+        bytes=logits + 4.0 * length,
+        flight=16.0,
+        flops=4.0 * kv * queries * length,
+        chain=2 * LATENCY + kv * queries * 10 * CYCLE,
+        name="the sum over heads",
+    )
+    return [score, combine, total]
 
 
 seconds = _model.timer(works)

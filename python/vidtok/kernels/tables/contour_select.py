@@ -1,9 +1,9 @@
-"""contour_select: one block per sequence projects, forms the covariance, factors it and measures distances.
+"""contour_select: cuts of the channels are projected, then one block per sequence weighs, factors and picks.
 
-FLOP per sequence: ``2·T·C·r`` of projection, ``2·T·r²`` of covariance, ``r³/3`` of Cholesky, ``T·r²`` of solves,
-by FMA at one per thread and clock. Chain: ``3·r`` steps with barriers, which grow with the warps. Shared memory:
-``4·r²`` bytes of covariance and ``4·(T + r)`` of vectors. The threads cut the sums over tokens and channels, so every
-knob changes bits and depends on dtype, channels and rank only.
+FLOP per sequence: ``2·T·C·r`` of projection, ``2·T·r²`` of covariance, ``r³/3`` of Cholesky, in fp64 (half the fp32
+rate, a 64th of it on sm_86 and 89). Chain: ``r`` steps with barriers, which grow with the warps, and passes over the
+frames, which shrink. Shared memory: ``8·r²`` bytes of covariance where they fit. The threads cut the sums over frames
+and channels, so every knob changes bits and depends on dtype, channels and rank only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vidtok.kernels.tables.gpus import Gpu
 SHAPE = ("sequences", "longest", "rank", "channels")
 KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {"threads": (256, 128, 512, 1024)},
-    "triton": {"block": (64, 32, 128), "num_warps": (4, 1, 2, 8)},
+    "triton": {"block": (64, 32), "num_warps": (4, 1, 2, 8)},
 }
 BITS: dict[str, frozenset[str]] = {"cuda": frozenset({"threads"}), "triton": frozenset({"block", "num_warps"})}
 CANONICAL = {"sequences": 4, "longest": 1024}
@@ -36,33 +36,34 @@ def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Wor
     """The launches of a call."""
     threads = knobs["threads"] if backend == "cuda" else 32 * knobs["num_warps"]
     n, rank, channels, sequences = shape["longest"], shape["rank"], shape["channels"], shape["sequences"]
+    slow = 32 if gpu.sm in (86, 89) else 1  # fp64 over its rate elsewhere, half of fp32's
     project = Work(
-        blocks=sequences * ceil(n, 16),
-        threads=threads,
-        registers=40 + ceil(16 * rank, threads),
-        shared=16 * 64 * 4 + 64 * rank * 4,
+        blocks=sequences * ceil(n, 16) * ceil(channels, 256),
+        threads=256,
+        registers=64,
+        shared=8 * (16 * 33 + 32 * 64),
         bytes=float(sequences * n * channels * size(dtype)),
         flight=32.0,
-        l2=4.0 * sequences * ceil(n, 16) * channels * rank,
-        flops=2.0 * sequences * n * channels * rank,
-        chain=LATENCY + ceil(channels, 64) * (2 * barrier(threads) + LATENCY / 8),
+        l2=8.0 * sequences * ceil(n, 16) * channels * rank,
+        flops=4.0 * slow * sequences * n * channels * rank,
+        chain=LATENCY + 8 * (2 * barrier(256) + LATENCY / 4),
         name="the projection",
     )
-    held = rank * rank * 4 + 8 * (n + rank)
-    if backend == "triton":
-        held = rank * rank * 4 + knobs["block"] * rank * 4
-    if held > gpu.shared_block:  # the covariance stays in the workspace
-        held = 8 * (n + rank)
-    fma = 2.0 * n * rank * rank + rank**3 / 3 + 1.0 * n * rank * rank
+    held = 8 * rank * rank
+    if held + 256 > gpu.shared_block:  # the covariance stays in the workspace
+        held = 0
+    each = ceil(n, threads)
+    step = 2 * barrier(threads) + (25 + 4 * slow * ceil(rank * rank, 2 * threads)) * CYCLE
     solve = Work(
         blocks=sequences,
         threads=threads,
-        registers=40 + (ceil(knobs["block"] * rank, threads) if backend == "triton" else 24),
-        shared=held,
-        bytes=4.0 * sequences * n * rank,
+        registers=64,
+        shared=held + 8464,
+        bytes=8.0 * sequences * n * rank,
         flight=16.0,
-        flops=sequences * fma,
-        chain=3 * rank * (barrier(threads) + 25 * CYCLE) + 4 * LATENCY + ceil(n, threads) * 60 * CYCLE,
+        flops=2.0 * slow * sequences * (n * rank * rank + rank**3 / 3),
+        # Steps of Cholesky, a pass over the frames for weights and means, radix passes for the median.
+        chain=rank * step + 4 * LATENCY + each * 100 * CYCLE + 8 * (4 * barrier(threads) + each * 12 * CYCLE),
         name="the solve",
     )
     return [project, solve]
