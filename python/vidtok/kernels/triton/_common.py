@@ -18,7 +18,7 @@ from vidtok.kernels.cuda import device_list
 
 __all__ = [
     "INTERPRETED", "LAUNCH", "POINTER", "Specimen", "below_2_31", "ceil_div", "check", "choice", "code_of",
-    "cosine_steps", "device_list", "error_words", "on_device", "power_of_2",
+    "cosine_steps", "device_list", "error_words", "on_device", "power_of_2", "vector",
 ]  # fmt: skip
 
 # Contraction is left to tl.fma and tl.dot: whether a product and a sum fuse must not depend on the compiler's
@@ -84,6 +84,16 @@ def below_2_31(n: int, what: str) -> None:
 def power_of_2(n: int, least: int = 1, most: int = 1 << 30) -> int:
     """The smallest power of two of at least ``n``, between the two bounds."""
     return min(max(1 << max(n - 1, 0).bit_length(), least), most)
+
+
+def vector(x: Tensor, *strides: int) -> int:
+    """How many elements of 16 bytes divide every stride; 1 where they do not.
+
+    Kernels take strides in this unit and multiply by it, which tells the compiler that wide loads are aligned
+    without a variant for every stride.
+    """
+    unit = 16 // x.element_size()
+    return 1 if any(s % unit for s in strides) else unit
 
 
 def cosine_steps(dtype: torch.dtype) -> float:

@@ -29,8 +29,15 @@ from vidtok.kernels.triton._common import (
     on_device,
     power_of_2,
     round_16_bits,
+    vector,
 )
 from vidtok.kernels.triton.topk_select import select_into
+
+_INTEGERS = (
+    "kv_heads", "rows", "width", "length", "dim", "splits", "tiles", "plane", "by_batch", "by_head", "by_row", "blocks",
+)  # fmt: skip
+# Counts are not specialised on: a count of 1 would be no tensor, and each new divisor another compilation.
+kernel = triton.jit(do_not_specialize=_INTEGERS)
 
 # Keys per step of the first launch, columns per program of the second, partials loaded at once.
 _KEYS, _COLUMNS, _AT_ONCE = 64, 512, tl.constexpr(32)
@@ -82,13 +89,16 @@ def _combine(partial, row, rows, plane, splits, BLOCK_M: tl.constexpr):
 
 
 # ---------------------------------------------------------------------- kernels
-@triton.jit
+@kernel
 def split_sums(
     query, key, mask, position, partial, logit,
     kv_heads, rows, width, length, dim, splits, tiles, plane, by_batch, by_head, by_row, scale,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Maximum and sum of exponentials of one split of the keys of one head, for one tile of query rows."""
+    dim, by_batch, by_head, by_row = dim * UNIT, by_batch * UNIT, by_head * UNIT, by_row * UNIT
+    plane = plane.to(tl.int64)
     split, rest = tl.program_id(0) % splits, tl.program_id(0) // splits
     tile, head = rest % tiles, rest // tiles
     batch = head // kv_heads
@@ -121,24 +131,27 @@ def split_sums(
     tl.store(partial + 2 * plane, some, mask=row < rows)
 
 
-@triton.jit
+@kernel
 def combine(partial, whole, rows, plane, splits, BLOCK_M: tl.constexpr):
     """The combination alone: three numbers per row."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    top, inverse, some = _combine(partial, row, rows, plane, splits, BLOCK_M)
+    top, inverse, some = _combine(partial, row, rows, plane.to(tl.int64), splits, BLOCK_M)
     whole += row.to(tl.int64) * 3
     tl.store(whole, top, mask=row < rows)
     tl.store(whole + 1, inverse, mask=row < rows)
     tl.store(whole + 2, some, mask=row < rows)
 
 
-@triton.jit
+@kernel
 def scores(
     query, key, mask, position, partial, whole, logit, piece, score, packed, place,
     kv_heads, rows, width, length, dim, splits, tiles, plane, by_batch, by_head, by_row, scale, blocks,
     USE_MAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Scores of a block of one span's keys, over all heads and query rows in order."""
+    dim, by_batch, by_head, by_row = dim * UNIT, by_batch * UNIT, by_head * UNIT, by_row * UNIT
+    plane = plane.to(tl.int64)
     piece += tl.program_id(0) // blocks * 5
     batch, lo, hi = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
     begin = (tl.program_id(0) % blocks) * BLOCK_N
@@ -229,11 +242,12 @@ def _layout(
     return _Layout(pieces, offsets, budgets, longest, order == sorted(order))
 
 
-def _tiles(rows: int, dim: int, dtype: torch.dtype, warps: int) -> tuple[int, int, int]:
+def _tiles(rows: int, dim: int, dtype: torch.dtype, warps: int, unit: int) -> tuple[int, int, int]:
     """(query rows at once, depth of a product's step, steps); more than the warps' registers hold would spill."""
     single = dtype == torch.float32
-    depth = power_of_2(dim, 16, 16 if single else 128)
-    return power_of_2(rows, 16, 16 if single else min(64, 8 * warps)), depth, max(1, ceil_div(dim, depth))
+    depth = power_of_2(dim, 16, 16 if single or unit == 1 else 128)
+    most = 16 if single or unit == 1 else min(64, 8 * warps)
+    return power_of_2(rows, 16, most), depth, max(1, ceil_div(dim, depth))
 
 
 def attention_topk(
@@ -268,7 +282,9 @@ def attention_topk(
     # One warp's registers do not hold a tile.
     warps = max(2, knobs["num_warps"])
     launch = {"num_warps": warps, "num_stages": knobs["num_stages"], **LAUNCH}
-    block_m, depth, steps = _tiles(rows, dim, key.dtype, warps)
+    by_batch, by_head, by_row, _ = key.stride()
+    unit = vector(key, dim, by_batch, by_head, by_row)
+    block_m, depth, steps = _tiles(rows, dim, key.dtype, warps, unit)
     splits, tiles, all_rows = ceil_div(length, knobs["split"]), ceil_div(rows, block_m), batch * kv_heads * rows
     # Kept logits are written and read once, at most half as many bytes as the keys.
     kept = 8 * rows <= dim * key.element_size()
@@ -280,9 +296,9 @@ def attention_topk(
     packed = None if layout.ordered else torch.empty_like(score)
     seen = None if mask is None else mask.contiguous().view(torch.uint8)
     pieces = device_list(layout.pieces, key)
-    by_batch, by_head, by_row, _ = key.stride()
-    sizes = (kv_heads, rows, width, length, dim, splits, tiles, plane, by_batch, by_head, by_row, scale)
-    tile = {"BLOCK_D": depth, "STEPS": steps}
+    strides = (by_batch // unit, by_head // unit, by_row // unit)
+    sizes = (kv_heads, rows, width, length, dim // unit, splits, tiles, plane, *strides, scale)
+    tile = {"BLOCK_D": depth, "STEPS": steps, "UNIT": unit}
     with on_device(key):
         if all_rows:
             split_sums[(batch * kv_heads * tiles * splits,)](
@@ -311,30 +327,28 @@ def attention_topk(
 def specimens() -> list[Specimen]:
     """Each kernel in each dtype, with one query row and with many."""
     found = []
-    aligned = ("query", "key", "partial", "logit", "whole", "piece", "score", "packed", "place", "by_batch", "by_head")
-    aligned += ("by_row", "dim", "length")
-    integers = ("kv_heads", "rows", "width", "length", "dim", "splits", "tiles", "plane")
-    numbers = {**dict.fromkeys((*integers, "by_batch", "by_head", "by_row"), "i32"), "scale": "fp32"}
+    numbers = {**dict.fromkeys(_INTEGERS[:-1], "i32"), "scale": "fp32"}
     for dtype, pointer in POINTER.items():
         name = str(dtype).removeprefix("torch.")
         inputs = {"query": pointer, "key": pointer, "partial": "*fp32"}
         outputs = {"piece": "*i64", "score": "*fp32", "place": "*i32", "blocks": "i32"}
-        for rows, warps in ((7, 4), (448, 4), (7, 2), (448, 2)):
+        for rows, warps, unit in ((7, 4, 0), (448, 4, 0), (448, 2, 0), (7, 4, 1), (448, 4, 1)):
+            unit = unit or 16 // dtype.itemsize
             few = rows == 7
-            block_m, depth, steps = _tiles(rows, 128, dtype, warps)
-            tile = {"BLOCK_D": depth, "STEPS": steps}
+            block_m, depth, steps = _tiles(rows, 128, dtype, warps, unit)
+            tile = {"BLOCK_D": depth, "STEPS": steps, "UNIT": unit}
             seen: dict[str, Any] = {"mask": None, "position": None} if few else {}
             extra = {} if few else {"mask": "*u8", "position": "*i64"}
             first = {**inputs, **numbers, **extra, **({"logit": "*fp32"} if few else {})}
             fixed = {**seen, "SPLIT": 256, "BLOCK_M": block_m, "BLOCK_N": _KEYS, **tile}
             if not few:
                 fixed["logit"] = None
-            kind = f"of {rows} rows {name}, warps {warps}"
-            found.append(Specimen(f"attention_topk sums {kind}", split_sums, first, fixed, warps, 2, aligned))
+            kind = f"of {rows} rows {name}, warps {warps}, unit {unit}"
+            found.append(Specimen(f"attention_topk sums {kind}", split_sums, first, fixed, warps, 2))
             second = {**first, **outputs, **({} if few else {"whole": "*fp32", "packed": "*fp32"})}
             unused: dict[str, Any] = {"whole": None, "packed": None} if few else {"logit": None}
             block = {"BLOCK_M": 8, "BLOCK_N": 128 * warps} if few else {"BLOCK_M": block_m, "BLOCK_N": _KEYS}
             fixed = {**seen, **unused, "USE_MAX": not few, **block, **tile}
-            found.append(Specimen(f"attention_topk scores {kind}", scores, second, fixed, warps, 2, aligned))
+            found.append(Specimen(f"attention_topk scores {kind}", scores, second, fixed, warps, 2))
     signature = {"partial": "*fp32", "whole": "*fp32", "rows": "i32", "plane": "i32", "splits": "i32"}
     return [*found, Specimen("attention_topk combination", combine, signature, {"BLOCK_M": 16})]

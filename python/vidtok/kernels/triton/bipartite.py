@@ -29,8 +29,14 @@ from vidtok.kernels.triton._common import (
     inverse_norm,
     on_device,
     power_of_2,
+    vector,
 )
 from vidtok.kernels.triton.topk_select import narrow
+
+_TOKENS = ("tokens", "merges", "protected", "first")
+_SIZES = ("heads", "dim", "by_batch", "by_head", "by_row", "total")
+# Counts are not specialised on: a count of 1 would be no tensor, and each new divisor another compilation.
+kernel = triton.jit(do_not_specialize=(*_TOKENS, *_SIZES, "last", "strips", "channels", "blocks"))
 
 # A sequence of at most so many strips of sources is matched by the program that lists it.
 _STRIPS = 4
@@ -242,7 +248,7 @@ def _list(
 
 
 # ---------------------------------------------------------------------- kernels
-@triton.jit
+@kernel
 def count_kinds(mask, cu, counts, tokens, total):
     """Per sequence of a mask: its bounds, sources and destinations."""
     b = tl.program_id(0)
@@ -258,13 +264,15 @@ def count_kinds(mask, cu, counts, tokens, total):
     tl.store(counts + 4 * b + 3, destinations)
 
 
-@triton.jit
+@kernel
 def match(
     metric, mask, cu, plan, state, tokens, merges, protected, first, heads, dim, by_batch, by_head, by_row, total,
     strips,
-    HEADS: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    HEADS: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """The best destinations of one strip of sources."""
+    dim, by_batch, by_head, by_row = dim * UNIT, by_batch * UNIT, by_head * UNIT, by_row * UNIT
+    total = total.to(tl.int64)
     b, strip = tl.program_id(0) // strips, tl.program_id(0) % strips
     base, tokens, merges, _ = _sequence(cu, plan, b, tokens, merges)
     metric += b.to(tl.int64) * by_batch
@@ -277,12 +285,13 @@ def match(
         )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def list_one(
     mask, cu, plan, state, anchor, member, offset, cu_in, cu_out, tokens, merges, protected, first, total, last,
     STEPS: tl.constexpr,
 ):  # fmt: skip
     """Selection and lists of one sequence whose strips are matched."""
+    total = total.to(tl.int64)
     b = tl.program_id(0)
     base, tokens, merges, out = _sequence(cu, plan, b, tokens, merges)
     _list(
@@ -291,13 +300,15 @@ def list_one(
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def match_and_list(
     metric, mask, cu, plan, state, anchor, member, offset, cu_in, cu_out,
     tokens, merges, protected, first, heads, dim, by_batch, by_head, by_row, total, last,
-    HEADS: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    HEADS: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program does a whole sequence."""
+    dim, by_batch, by_head, by_row = dim * UNIT, by_batch * UNIT, by_head * UNIT, by_row * UNIT
+    total = total.to(tl.int64)
     b = tl.program_id(0)
     base, tokens, merges, out = _sequence(cu, plan, b, tokens, merges)
     metric += b.to(tl.int64) * by_batch
@@ -315,9 +326,25 @@ def match_and_list(
     )  # fmt: skip
 
 
-@triton.jit
-def merge(x, size, member, offset, weight, y, mass, tokens, channels, by_batch, by_row, blocks, BLOCK: tl.constexpr):
+@kernel
+def merge(
+    x,
+    size,
+    member,
+    offset,
+    weight,
+    y,
+    mass,
+    tokens,
+    channels,
+    by_batch,
+    by_row,
+    blocks,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+):
     """Weights of one output's members and, over one block of channels, their weighted mean."""
+    channels, by_batch, by_row = channels * UNIT, by_batch * UNIT, by_row * UNIT
     o, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     lo, hi = tl.load(offset + o), tl.load(offset + o + 1)
     lane = tl.arange(0, _MEMBERS)
@@ -406,9 +433,9 @@ def _extent(metric: Tensor, r: int, protected: int, mask: Tensor | None, cu: Ten
     )
 
 
-def _shape(dtype: torch.dtype, heads: int, dim: int, tile: int, warps: int) -> tuple[int, int]:
+def _shape(dtype: torch.dtype, heads: int, dim: int, tile: int, warps: int, unit: int) -> tuple[int, int]:
     """(tile, depth): no more than the warps' registers hold; fp32 products are FMA, which hold more of them."""
-    if dtype == torch.float32 or heads > 1:
+    if dtype == torch.float32 or heads > 1 or unit == 1:
         return min(tile, 32), 16
     return min(tile, 64 if warps >= 4 else 32), power_of_2(dim, 16, 64)
 
@@ -449,7 +476,8 @@ def _call(
         knobs = choice("bipartite", metric, canonical)
         # One warp's registers do not hold a tile.
         warps = max(2, knobs["num_warps"])
-        tile, depth = _shape(metric.dtype, heads, dim, knobs["tile"], warps)
+        unit = vector(metric, dim, by_batch, by_head, by_row)
+        tile, depth = _shape(metric.dtype, heads, dim, knobs["tile"], warps, unit)
         launch = {"num_warps": warps, "num_stages": knobs["num_stages"], **LAUNCH}
         state = ints(3 * n)
         plan = None if extent.plan is None else device_list(extent.plan, metric)
@@ -460,8 +488,8 @@ def _call(
         steps = int(cosine_steps(metric.dtype))
         outputs = (anchor, member, offset, cu_in, cu_out)
         tokens = (metric.shape[-2], extent.merges, protected, first)
-        sizes = (heads, dim, by_batch, by_head, by_row, n)
-        form = {"HEADS": heads > 1, "STEPS": steps, "TILE": tile, "DEPTH": depth}
+        sizes = (heads, dim // unit, by_batch // unit, by_head // unit, by_row // unit, n)
+        form = {"HEADS": heads > 1, "STEPS": steps, "TILE": tile, "DEPTH": depth, "UNIT": unit}
         with on_device(metric):
             if extent.merges and strips <= _STRIPS:
                 match_and_list[(sequences,)](
@@ -479,12 +507,15 @@ def _call(
                 block = power_of_2(channels, 1, 1024)
                 blocks = max(1, ceil_div(channels, block))
                 rows = max(n, 1) if cu_seqlens is not None else metric.shape[-2]
-                by_batch, by_row = (0, 0) if x is None else (x.stride(0) if cu_seqlens is None else 0, x.stride(-2))
                 source = None if x is None or not channels else x
+                by_batch, by_row, unit = 0, 0, 1
+                if source is not None:
+                    by_batch, by_row = (source.stride(0) if cu_seqlens is None else 0), source.stride(-2)
+                    unit = vector(source, channels, by_batch, by_row)
+                moved = (rows, channels // unit, by_batch // unit, by_row // unit, blocks)
                 merge[(m * blocks,)](
-                    source, size, member, offset, weight, y, mass, rows, channels, by_batch, by_row, blocks,
-                    BLOCK=block, **LAUNCH,
-                )  # fmt: skip
+                    source, size, member, offset, weight, y, mass, *moved, BLOCK=block, UNIT=unit, **LAUNCH
+                )
     return lists if x is None else (y, mass, *lists)
 
 
@@ -511,43 +542,33 @@ def bipartite_merge(
 def specimens() -> list[Specimen]:
     """Each kernel in each dtype; matching with one head and with several, dense and ragged."""
     found = []
-    tokens = dict.fromkeys(("tokens", "merges", "protected", "first"), "i32")
-    sizes = dict.fromkeys(("heads", "dim", "by_batch", "by_head", "by_row", "total"), "i32")
+    tokens, sizes = dict.fromkeys(_TOKENS, "i32"), dict.fromkeys(_SIZES, "i32")
     lists = dict.fromkeys(("state", "anchor", "member", "offset", "cu_in", "cu_out"), "*i32")
     ragged = {"mask": "*u8", "cu": "*i32", "plan": "*i64"}
     dense = dict.fromkeys(ragged)
-    aligned = ("metric", "x", "y", "dim", "by_batch", "by_head", "by_row", "channels", *lists)
     for dtype, pointer in POINTER.items():
-        name = str(dtype).removeprefix("torch.")
-        for heads, warps in ((1, 4), (16, 4), (1, 2), (1, 8)):
-            tile, depth = _shape(dtype, heads, 64, 64, warps)
-            form = {"HEADS": heads > 1, "STEPS": int(cosine_steps(dtype)), "TILE": tile, "DEPTH": depth}
-            kind = f"{heads} heads {name}, warps {warps}"
+        name, wide = str(dtype).removeprefix("torch."), 16 // dtype.itemsize
+        for heads, warps, unit in ((1, 4, wide), (16, 4, wide), (1, 2, wide), (1, 8, wide), (1, 4, 1), (16, 4, 1)):
+            tile, depth = _shape(dtype, heads, 64, 64, warps, unit)
+            form = {"HEADS": heads > 1, "STEPS": int(cosine_steps(dtype)), "TILE": tile, "DEPTH": depth, "UNIT": unit}
+            kind = f"{heads} heads {name}, warps {warps}, unit {unit}"
+            whole = {"metric": pointer, **lists, **tokens, **sizes, "last": "i32"}
+            strip = {"metric": pointer, **ragged, "state": "*i32", **tokens, **sizes, "strips": "i32"}
             found += [
-                Specimen(
-                    f"bipartite match and list {kind}",
-                    match_and_list,
-                    {"metric": pointer, **lists, **tokens, **sizes, "last": "i32"},
-                    {**dense, **form},
-                    warps,
-                    2,
-                    aligned,
-                ),
-                Specimen(
-                    f"bipartite match ragged {kind}",
-                    match,
-                    {"metric": pointer, **ragged, "state": "*i32", **tokens, **sizes, "strips": "i32"},
-                    form,
-                    warps,
-                    2,
-                    aligned,
-                ),
+                Specimen(f"bipartite match and list {kind}", match_and_list, whole, {**dense, **form}, warps, 2),
+                Specimen(f"bipartite match ragged {kind}", match, strip, form, warps, 2),
             ]
         moved = dict.fromkeys(("tokens", "channels", "by_batch", "by_row", "blocks"), "i32")
         pointers = {"x": pointer, "y": pointer, "size": "*fp32", "member": "*i32", "offset": "*i32"}
         pointers |= {"weight": "*fp32", "mass": "*fp32"}
-        found.append(
-            Specimen(f"bipartite merge {name}", merge, {**pointers, **moved}, {"BLOCK": 1024}, aligned=aligned)
-        )
+        found += [
+            Specimen(f"bipartite merge {name}, unit {u}", merge, {**pointers, **moved}, {"BLOCK": 1024, "UNIT": u})
+            for u in (wide, 1)
+        ]
     listed = {**ragged, **lists, **tokens, "total": "i32", "last": "i32"}
-    return [*found, Specimen("bipartite lists", list_one, listed, {"STEPS": 2**20}, aligned=aligned)]
+    counted = {"mask": "*u8", "cu": "*i32", "counts": "*i32", "tokens": "i32", "total": "i32"}
+    return [
+        *found,
+        Specimen("bipartite lists", list_one, listed, {"STEPS": 2**20}),
+        Specimen("bipartite counts", count_kinds, counted, {}),
+    ]

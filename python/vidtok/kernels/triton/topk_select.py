@@ -33,6 +33,9 @@ _CHUNK, _MOST_CHUNKS = 1 << 14, 64
 # (bits of a digit, digits of a key); a histogram in Triton costs each warp time in proportion to its bins.
 DIGITS = {torch.float32: (8, 4), torch.bfloat16: (8, 2), torch.float16: (8, 2)}
 
+# Counts are not specialised on: a count of 1 would be no tensor, and each new divisor another compilation.
+kernel = triton.jit(do_not_specialize=("segments", "total", "keep", "chunks"))
+
 _KEEP = tl.constexpr(code_of("topk_select", "keep"))
 _OFFSETS = tl.constexpr(code_of("topk_select", "cu_seqlens"))
 
@@ -112,7 +115,7 @@ def emit(score, position, out, start, count, threshold, ties, greater_before, ti
 
 
 # ---------------------------------------------------------------------- kernels
-@triton.jit
+@kernel
 def select_one(
     score, cu, keep_start, position, out, error, segments, total, keep,
     BITS: tl.constexpr, PASSES: tl.constexpr, BLOCK: tl.constexpr,
@@ -146,7 +149,7 @@ def _part(lo, length, chunk, chunks, BLOCK: tl.constexpr):
     return lo + start, tl.minimum(each, length - start).to(tl.int32)
 
 
-@triton.jit
+@kernel
 def count_digits(
     score, cu, keep_start, out, error, digits, segments, total, keep, chunks,
     PASS: tl.constexpr, BITS: tl.constexpr, PASSES: tl.constexpr, BLOCK: tl.constexpr,
@@ -162,7 +165,7 @@ def count_digits(
     tl.atomic_add(digits + PASS * (1 << BITS) + tl.arange(0, 1 << BITS), counts, mask=counts > 0, sem="relaxed")
 
 
-@triton.jit
+@kernel
 def count_chosen(
     score, cu, keep_start, out, error, digits, before, segments, total, keep, chunks,
     BITS: tl.constexpr, PASSES: tl.constexpr, BLOCK: tl.constexpr,
@@ -185,7 +188,7 @@ def count_chosen(
     tl.store(before + 1, tl.sum(ties, axis=0))
 
 
-@triton.jit
+@kernel
 def emit_chunk(
     score, cu, keep_start, position, out, error, digits, before, segments, total, keep, chunks,
     BITS: tl.constexpr, PASSES: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
