@@ -195,7 +195,8 @@ def _rows(grid: Tensor, total: int) -> list[list[int]]:
 
 def _segments(grid_rows: list[list[int]], windows: list[int]) -> list[int]:
     """The table of ``_window``."""
-    table, token, program, segment = [], 0, 0, 0
+    table: list[int] = []
+    token, program, segment = 0, 0, 0
     for t, h, w in grid_rows:
         covered = 0
         while covered < t:
@@ -232,6 +233,7 @@ def adjacent_similarity(
     if x.stride(1) != 1:
         x = x.contiguous()
     rows = _rows(grid, n) if mode != _CENTER else []
+    table: list[int] = []
     windows: list[int] = []
     if mode == _WINDOW:
         assert window is not None
@@ -253,7 +255,7 @@ def adjacent_similarity(
         sizes = (c // vector, x.stride(0) // vector)
         if mode == _PREVIOUS:
             run = power_of_2(n // PROGRAMS, 1, LONGEST_RUN)
-            table, token, program = [], 0, 0
+            token, program = 0, 0
             for t, h, w in rows:
                 table += (token, t, h * w, program)
                 token += t * h * w

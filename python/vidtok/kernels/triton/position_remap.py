@@ -1,7 +1,7 @@
 """position_remap in Triton: every rider in one launch.
 
-Addresses and sizes of the riders go in as tuples of kernel arguments, which a captured graph holds by value; a
-range of programs belongs to each rider. Entries move as whole units of 1 to 16 bytes, whatever their type.
+Addresses and sizes of the riders go in as kernel arguments, which a captured graph holds by value; a range of
+programs belongs to each rider. Entries move as whole units of 1 to 16 bytes, whatever their type.
 """
 
 from __future__ import annotations
@@ -33,16 +33,9 @@ def _move(
     """Block number ``block`` of one rider: ROWS anchors by WIDTH lanes of one outer slice."""
     # 16 bytes are two lanes side by side, which the compiler joins into one access.
     LANES: tl.constexpr = 2 if UNIT == 16 else 1
-    if UNIT == 1:
-        lane: tl.constexpr = tl.int8
-    elif UNIT == 2:
-        lane: tl.constexpr = tl.int16
-    elif UNIT == 4:
-        lane: tl.constexpr = tl.int32
-    else:
-        lane: tl.constexpr = tl.int64
-    source = tl.multiple_of(source.to(tl.pointer_type(lane), bitcast=True), UNIT)
-    target = tl.multiple_of(target.to(tl.pointer_type(lane), bitcast=True), UNIT)
+    LANE: tl.constexpr = tl.int8 if UNIT == 1 else tl.int16 if UNIT == 2 else tl.int32 if UNIT == 4 else tl.int64
+    source = tl.multiple_of(source.to(tl.pointer_type(LANE), bitcast=True), UNIT)
+    target = tl.multiple_of(target.to(tl.pointer_type(LANE), bitcast=True), UNIT)
     lanes = inner * LANES
     across = (lanes + WIDTH - 1) // WIDTH
     down = (m + ROWS - 1) // ROWS
@@ -60,18 +53,31 @@ def _move(
     at = source + ((outer * n + index) * lanes)[:, None] + column[None, :]
     value = tl.load(at, mask=known[:, None] & inside, other=0)
     # Bad indices give zeros, like any other output of theirs.
-    pad = tl.where(index == -1, fill, 0).to(lane)
+    pad = tl.where(index == -1, fill, 0).to(LANE)
     value = tl.where(known[:, None], value, pad[:, None])
     tl.store(target + ((outer * m + row) * lanes)[:, None] + column[None, :], value, mask=here[:, None] & inside)
 
 
-# Numbers are not specialised, so that a kernel serves every shape.
-@triton.jit(do_not_specialize=["n", "m", "source", "target", "inner", "fill", "stop"])
+NUMBERS = ("source", "target", "inner", "fill", "stop")
+
+
+# Numbers are not specialised, so that a kernel serves every shape; those of a tuple would be.
+@triton.jit(do_not_specialize=["n", "m", *(f"{name}{i}" for name in NUMBERS for i in range(RIDERS))])
 def _remap(
-    anchor, n, m, source, target, inner, fill, stop, error,
+    anchor, n, m, error,
+    source0, source1, source2, source3, source4, source5, source6, source7,
+    target0, target1, target2, target3, target4, target5, target6, target7,
+    inner0, inner1, inner2, inner3, inner4, inner5, inner6, inner7,
+    fill0, fill1, fill2, fill3, fill4, fill5, fill6, fill7,
+    stop0, stop1, stop2, stop3, stop4, stop5, stop6, stop7,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Programs below ``stop[i]`` and not below ``stop[i - 1]`` belong to rider i."""
+    """Programs below ``stop[i]`` and not below ``stop[i - 1]`` belong to rider i of COUNT."""
+    source = (source0, source1, source2, source3, source4, source5, source6, source7)
+    target = (target0, target1, target2, target3, target4, target5, target6, target7)
+    inner = (inner0, inner1, inner2, inner3, inner4, inner5, inner6, inner7)
+    fill = (fill0, fill1, fill2, fill3, fill4, fill5, fill6, fill7)
+    stop = (stop0, stop1, stop2, stop3, stop4, stop5, stop6, stop7)
     program = tl.program_id(0).to(tl.int64)
     n = n.to(tl.int64)
     m = m.to(tl.int64)
@@ -149,10 +155,12 @@ def _launch(
         rows.append(height)
         stop.append(programs)
     below_2_31(programs, "programs")
-    source, target, _, inner, unit, bits = zip(*moves)
+    sources, targets, _, inners, units, fills = zip(*moves)
+    unused = (0,) * (RIDERS - len(moves))
+    numbers = [v for column in (sources, targets, inners, fills, stop) for v in (*column, *unused)]
     _remap[(programs,)](
-        anchor, n, m, source, target, inner, bits, tuple(stop), error, UNIT=unit, WIDTH=tuple(widths),
-        ROWS=tuple(rows), COUNT=len(moves), num_warps=knobs["num_warps"], **LAUNCH,
+        anchor, n, m, error, *numbers, UNIT=units, WIDTH=tuple(widths), ROWS=tuple(rows), COUNT=len(moves),
+        num_warps=knobs["num_warps"], **LAUNCH,
     )  # fmt: skip
 
 
@@ -163,10 +171,10 @@ def specimens() -> list[Specimen]:
         ("ids", (8, 1, 8), (1, 1, 1)),
         ("ids and hidden states", (8, 1, 8, 16), (1, 1, 1, 256)),
     ):
-        signature: dict[str, Any] = {"anchor": "*i32", "n": "i32", "m": "i32", "error": "*i32"}
-        count = len(units)
-        signature |= {"source": ("i64",) * count, "target": ("i64",) * count}
-        signature |= {"inner": ("i32",) * count, "fill": ("i32",) * count, "stop": ("i32",) * count}
-        shape = {"UNIT": units, "WIDTH": widths, "ROWS": tuple(256 // w for w in widths), "COUNT": count}
+        signature = {"anchor": "*i32", "n": "i32", "m": "i32", "error": "*i32"}
+        for number in NUMBERS:
+            wide = number in ("source", "target")
+            signature |= {f"{number}{i}": "i64" if wide and i < len(units) else "i32" for i in range(RIDERS)}
+        shape = {"UNIT": units, "WIDTH": widths, "ROWS": tuple(256 // w for w in widths), "COUNT": len(units)}
         out.append(Specimen(name, _remap, signature, shape))
     return out
