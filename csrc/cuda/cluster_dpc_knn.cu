@@ -123,7 +123,7 @@ struct ClusterRun {
     if (tile() == 128) return gram<128, 8>(wave);
     return choice.warps >= 8 ? gram<64, 8>(wave) : gram<64, 4>(wave);
   }
-  // Registers of sm_70 do not hold the halves of a tile of 128.
+  // No tile of 128 halves on sm_70.
   int tile() const { return choice.tile <= 32 ? 32 : choice.tile >= 128 && (sizeof(T) == 4 || on.sm >= 80) ? 128 : 64; }
 
   // Kernels of a warp per row; they return their status.

@@ -16,39 +16,45 @@ constexpr int kClusterResident = TILE == 128  ? 1
 template <class T, int TILE, int WARPS>
 __global__ void __launch_bounds__(WARPS* kWarp, (kClusterResident<TILE, WARPS>))
     cluster_dpc_knn_gram_kernel(ClusterShape p, ClusterMemory m, const T* x, int wave, int stages, int64_t tile_bytes) {
-  VIDTOK_SMEM(shared);
-  unsigned char* const memory = shared.take<unsigned char>(tile_bytes);
-  float* const norm = shared.take<float>(2 * TILE);
-  const int64_t tiles = m.wave[wave].tiles, first = m.wave[wave].first;
-  const int64_t end = larger(m.wave[wave + 1].first, first + 1);
-  for (int64_t t = block(); t < tiles; t += blocks()) {
-    const int64_t at = cluster_find(first, end, t, [&](int64_t i) { return m.segment[i].tiles; });
-    const ClusterSegment s = m.segment[at];
-    const int64_t within = t - s.tiles;
-    int64_t right = int64_t((sqrt(8.0 * double(within) + 1.0) - 1.0) * 0.5);
-    while (right * (right + 1) / 2 > within) --right;
-    while ((right + 1) * (right + 2) / 2 <= within) ++right;
-    const int64_t i0 = (within - right * (right + 1) / 2) * TILE, j0 = right * TILE;
-    for (int i = thread(); i < 2 * TILE; i += threads()) {
-      const int64_t token = i < TILE ? i0 + i : j0 + i - TILE;
-      norm[i] = token < s.n ? m.norm[s.begin + token] : 0.0f;
+  // Registers of sm_70 do not hold the halves of such a tile; its launcher takes smaller ones.
+  if constexpr (VIDTOK_SM > 0 && VIDTOK_SM < 80 && sizeof(T) == 2 && TILE == 128) {
+    trap();
+  } else {
+    VIDTOK_SMEM(shared);
+    unsigned char* const memory = shared.take<unsigned char>(tile_bytes);
+    float* const norm = shared.take<float>(2 * TILE);
+    const int64_t tiles = m.wave[wave].tiles, first = m.wave[wave].first;
+    const int64_t end = larger(m.wave[wave + 1].first, first + 1);
+    for (int64_t t = block(); t < tiles; t += blocks()) {
+      const int64_t at = cluster_find(first, end, t, [&](int64_t i) { return m.segment[i].tiles; });
+      const ClusterSegment s = m.segment[at];
+      const int64_t within = t - s.tiles;
+      int64_t right = int64_t((sqrt(8.0 * double(within) + 1.0) - 1.0) * 0.5);
+      while (right * (right + 1) / 2 > within) --right;
+      while ((right + 1) * (right + 2) / 2 <= within) ++right;
+      const int64_t i0 = (within - right * (right + 1) / 2) * TILE, j0 = right * TILE;
+      for (int i = thread(); i < 2 * TILE; i += threads()) {
+        const int64_t token = i < TILE ? i0 + i : j0 + i - TILE;
+        norm[i] = token < s.n ? m.norm[s.begin + token] : 0.0f;
+      }
+      const T* const rows = x + int64_t(s.begin) * p.x_stride;
+      const GramRows<T> a{rows + i0 * p.x_stride, p.x_stride, s.n - i0},
+          b{rows + j0 * p.x_stride, p.x_stride, s.n - j0};
+      GramTile<T, TILE, TILE, WARPS> tile(memory, stages);
+      tile.multiply(a, b, p.c, i0 == j0);
+      const ClusterScale scale(s.norm, p.c);
+      // Distances of a segment that is kept are fewer than 2^31.
+      const uint32_t pitch = uint32_t(cluster_pitch(s.n)), i_first = uint32_t(i0), j_first = uint32_t(j0);
+      int32_t* const unit = m.unit + s.distance;
+      tile.for_each([&](int row, int col, float& product) {
+        const uint32_t i = i_first + uint32_t(row), j = j_first + uint32_t(col);
+        if (i > j || j >= uint32_t(s.n)) return;
+        const int32_t u = i == j ? 0 : scale.units(norm[row], norm[TILE + col], product);
+        unit[i * pitch + j] = u;
+        unit[j * pitch + i] = u;
+      });
+      block_sync();
     }
-    const T* const rows = x + int64_t(s.begin) * p.x_stride;
-    const GramRows<T> a{rows + i0 * p.x_stride, p.x_stride, s.n - i0}, b{rows + j0 * p.x_stride, p.x_stride, s.n - j0};
-    GramTile<T, TILE, TILE, WARPS> tile(memory, stages);
-    tile.multiply(a, b, p.c, i0 == j0);
-    const ClusterScale scale(s.norm, p.c);
-    // Distances of a segment that is kept are fewer than 2^31.
-    const uint32_t pitch = uint32_t(cluster_pitch(s.n)), i_first = uint32_t(i0), j_first = uint32_t(j0);
-    int32_t* const unit = m.unit + s.distance;
-    tile.for_each([&](int row, int col, float& product) {
-      const uint32_t i = i_first + uint32_t(row), j = j_first + uint32_t(col);
-      if (i > j || j >= uint32_t(s.n)) return;
-      const int32_t u = i == j ? 0 : scale.units(norm[row], norm[TILE + col], product);
-      unit[i * pitch + j] = u;
-      unit[j * pitch + i] = u;
-    });
-    block_sync();
   }
 }
 
