@@ -11,6 +11,11 @@
 namespace vidtok::cuda {
 
 constexpr int kSumsThreads = 256;  // at most
+// Blocks of that size that an SM should hold, which bounds their registers; 0 leaves it to the compiler.
+template <int NR>
+constexpr int kSumsBlocks = NR == 4                     ? 0
+                            : NR == 2 && VIDTOK_SM < 80 ? 1
+                                                        : 2;
 
 // What the kernels share: a part of the batch, and of each head's query rows.
 template <class T>
@@ -34,12 +39,12 @@ struct AttentionPart {
     return {query + first, width, first_row, at_once, rows()};
   }
   // The last key that row r of a head sees; none for rows beyond the last.
-  VIDTOK_DEVICE int64_t last_key(int b, int r) const {
+  VIDTOK_DEVICE int last_key(int b, int r) const {
     if (r >= rows()) return -1;
-    if (position == nullptr) return length - 1;
-    return smaller(position[(batch0 + b) * width + first_row + r % at_once], length - 1);
+    if (position == nullptr) return int(length - 1);
+    return int(larger(smaller(position[(batch0 + b) * width + first_row + r % at_once], length - 1), int64_t(-1)));
   }
-  VIDTOK_DEVICE bool shown(int b, int64_t at) const {
+  VIDTOK_DEVICE bool shown(int b, int at) const {
     return at < length && (mask == nullptr || mask[(batch0 + b) * length + at] != 0);
   }
 };
@@ -55,7 +60,7 @@ struct alignas(8) RowShare {
 };
 
 template <class T, int NR>
-__global__ void __launch_bounds__(kSumsThreads)
+__global__ void __launch_bounds__(kSumsThreads, kSumsBlocks<NR>)
     attention_topk_sums_kernel(AttentionPart<T> part, SplitSum* sums, float* logits) {
   using Tile = LogitTile<T, NR>;
   VIDTOK_SMEM(shared);
@@ -66,9 +71,9 @@ __global__ void __launch_bounds__(kSumsThreads)
   const int64_t rest = block() / row_tiles, head_at = rest / part.splits, split = rest - head_at * part.splits;
   const int row0 = int(block() - rest * row_tiles) * Tile::kRows;
   const int b = int(head_at / part.kv_heads), head = int(head_at % part.kv_heads);
-  const int64_t start = split * part.split, stop = smaller(start + part.split, part.length);
+  const int start = int(split * part.split), stop = int(smaller(int64_t(start) + part.split, part.length));
   const int g = lane() / 4, t = lane() % 4;
-  int64_t last[NR][2];
+  int last[NR][2];
   float top[NR][2], total[NR][2];
   unsigned seen = 0;
   VIDTOK_UNROLL
@@ -86,14 +91,14 @@ __global__ void __launch_bounds__(kSumsThreads)
   Tile tile(stages, part.stages, part.dim, part.key_row, part.aligned);
   tile.each((stop - start + tile_keys - 1) / tile_keys,
             [&](int64_t i, const T*& key, int& count, QueryRows<T>& q, int& row) {
-              const int64_t at = start + i * tile_keys;
+              const int at = start + int(i) * tile_keys;
               key = keys + at * part.key_row;
-              count = int(smaller(stop - at, int64_t(tile_keys)));
+              count = smaller(stop - at, tile_keys);
               q = queries;
               row = row0;
             },
             [&](int64_t i, const float (&sum)[NR][4]) {
-              const int64_t at = start + i * tile_keys + warp() * kKeysPerWarp + g;
+              const int at = start + int(i) * tile_keys + warp() * kKeysPerWarp + g;
               const bool shown[2] = {at < stop && part.shown(b, at), at + 8 < stop && part.shown(b, at + 8)};
               VIDTOK_UNROLL
               for (int n = 0; n < NR; ++n) {
@@ -201,7 +206,7 @@ __global__ void __launch_bounds__(kSumsThreads)
   int32_t* const scratch = shared.take<int32_t>(kWarp);
   const int64_t key_tiles = (part.length + tile_keys - 1) / tile_keys;
   const int b = int(block() / key_tiles);
-  const int64_t start = block() % key_tiles * tile_keys;
+  const int start = int(block() % key_tiles) * tile_keys;
   // Tiles outside all spans are left alone.
   int32_t wanted = 0;
   for (int64_t s = thread(); s < spans; s += threads()) {
@@ -210,7 +215,7 @@ __global__ void __launch_bounds__(kSumsThreads)
   }
   if (block_max(wanted, scratch) == 0) return;
   const int g = lane() / 4, t = lane() % 4;
-  const int64_t at = start + warp() * kKeysPerWarp + g;
+  const int at = start + warp() * kKeysPerWarp + g;
   const bool shown[2] = {part.shown(b, at), part.shown(b, at + 8)};
   const int row_tiles = (part.rows() + Tile::kRows - 1) / Tile::kRows;
   float out[2] = {0.0f, 0.0f};
@@ -233,7 +238,7 @@ __global__ void __launch_bounds__(kSumsThreads)
           for (int e = 0; e < 2; ++e) {
             const int row = row0 + 8 * n + 2 * t + e;
             if (row >= part.rows()) continue;
-            const int64_t last = part.last_key(b, row);
+            const int last = part.last_key(b, row);
             const RowShare of = of_head[row];
             VIDTOK_UNROLL
             for (int k = 0; k < 2; ++k) {

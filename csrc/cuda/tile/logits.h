@@ -168,7 +168,8 @@ class LogitTile {
     const unsigned char* const key = keys + lane() / 4 * kPitch;
     const unsigned char* const row = rows + lane() % 4 * (2 * kPitch);
     float part[NR][4] = {};
-    for (int word = 0; word < words; ++word) {
+    VIDTOK_NO_UNROLL  // registers
+        for (int word = 0; word < words; ++word) {
       const Word x[2] = {*reinterpret_cast<const Word*>(key + word * 16),
                          *reinterpret_cast<const Word*>(key + 8 * kPitch + word * 16)};
       VIDTOK_UNROLL

@@ -32,8 +32,10 @@ using uintptr_t = unsigned long;
 
 #if defined(VIDTOK_HOST)
 #define VIDTOK_UNROLL
+#define VIDTOK_NO_UNROLL
 #else
 #define VIDTOK_UNROLL _Pragma("unroll")
+#define VIDTOK_NO_UNROLL _Pragma("unroll 1")
 #endif
 
 namespace vidtok::cuda {

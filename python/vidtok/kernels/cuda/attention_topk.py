@@ -12,7 +12,8 @@ from vidtok.kernels import tables
 from vidtok.kernels.cuda import DTYPE_CODE, DTYPE_NAME, check, device_list, extension, launch, pointer, workspace
 from vidtok.kernels.spans import layout
 
-_MOST = 2**31 - 1
+# Kernels count in int32, and step past the last by at most a tile.
+_MOST = 2**31 - 65536
 
 
 def attention_topk(
@@ -39,7 +40,7 @@ def attention_topk(
     tokens, groups = plan.offsets[-1], len(plan.budgets)
     for count, what in ((length, "keys"), (batch * heads * width, "query rows"), (tokens, "tokens")):
         if count > _MOST:
-            raise ValueError(f"expected fewer than 2147483648 {what}, got {count}")
+            raise ValueError(f"expected at most {_MOST} {what}, got {count}")
     index = key.new_empty(sum(plan.budgets), dtype=torch.int64)
     score = key.new_empty(tokens, dtype=torch.float32)
     if tokens == 0:
