@@ -1,6 +1,6 @@
 """CUDA bipartite_match and bipartite_merge.
 
-Counts of dense input with a prefix follow from shapes. A mask or cu_seqlens on the GPU is read once: the one sync.
+Counts of dense input with a prefix follow from shapes. A mask and cu_seqlens on the GPU are read once: the one sync.
 """
 
 from __future__ import annotations
@@ -17,21 +17,30 @@ from vidtok.kernels.reference._numerics import bounds
 _INT, _FLOAT = torch.int32, torch.float32
 
 
-def _merges(tokens: Tensor, sources: Tensor, destinations: Tensor, r: int) -> Tensor:
-    """r' of sequences, from their free even and odd tokens."""
-    out = torch.minimum((sources + destinations) // 2, sources).clamp(max=min(r, 2**31 - 1))
+def _merges(free: Tensor, sources: Tensor, destinations: Tensor, r: int) -> Tensor:
+    """r' of sequences, from their free tokens: all, even and odd ones."""
+    out = torch.minimum(free // 2, sources).clamp(max=min(r, 2**31 - 1))
     return torch.where(destinations > 0, out, 0)
 
 
 def _dense_merges(batch: int, tokens: int, r: int, prefix: int, mask: Tensor | None) -> int:
+    """The r' that all sequences of a dense batch share."""
     if batch == 0 or tokens == 0:
         return 0
-    if mask is None:
-        sources, destinations = (tokens + 1) // 2 - (prefix + 1) // 2, tokens // 2 - prefix // 2
-        return min(r, (tokens - prefix) // 2, sources) if sources > 0 and destinations > 0 else 0
-    free = ~mask.cpu()
-    sources, destinations = free[:, ::2].sum(1), free[:, 1::2].sum(1)
-    return int(_merges(free.sum(1), sources, destinations, r).min())
+    if mask is not None:
+        free = ~mask.cpu()
+        return int(_merges(free.sum(1), free[:, ::2].sum(1), free[:, 1::2].sum(1), r).min())
+    sources, destinations = (tokens + 1) // 2 - (prefix + 1) // 2, tokens // 2 - prefix // 2
+    return min(r, (tokens - prefix) // 2, sources) if sources > 0 and destinations > 0 else 0
+
+
+def _read(cu_seqlens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both on the host, by one copy."""
+    if mask is None or not cu_seqlens.is_cuda or not mask.is_cuda:
+        return cu_seqlens.cpu(), None if mask is None else mask.cpu()
+    both = torch.cat([cu_seqlens.view(torch.uint8), mask.view(torch.uint8)]).cpu()
+    split = both.shape[0] - mask.shape[0]
+    return both[:split].view(_INT), both[split:].view(torch.bool)
 
 
 def _ragged_outputs(ranges: list[tuple[int, int]], r: int, prefix: int, mask: Tensor | None) -> list[int]:
@@ -43,7 +52,7 @@ def _ragged_outputs(ranges: list[tuple[int, int]], r: int, prefix: int, mask: Te
         sources, destinations = (tokens + 1) // 2 - (kept + 1) // 2, tokens // 2 - kept // 2
     else:
         # Free tokens at even and odd places of the packed row, up to each token.
-        free = (~mask.cpu()).to(torch.int64)
+        free = (~mask).to(torch.int64)
         upto = torch.zeros(2, free.shape[0] + 1, dtype=torch.int64)
         for odd in (0, 1):
             upto[odd, 1 + odd :: 2] = free[odd::2]
@@ -53,7 +62,7 @@ def _ragged_outputs(ranges: list[tuple[int, int]], r: int, prefix: int, mask: Te
         sources = torch.where(parity == 0, free_of[0], free_of[1])
         destinations = torch.where(parity == 0, free_of[1], free_of[0])
     out = [0]
-    for n in (tokens - _merges(tokens, sources, destinations, r)).tolist():
+    for n in (tokens - _merges(sources + destinations, sources, destinations, r)).tolist():
         out.append(out[-1] + n)
     return out
 
@@ -83,9 +92,10 @@ def _call(
     else:
         batch, n = cu_seqlens.shape[0] - 1, tokens
         heads, by_batch, by_head = (shape[0], 0, stride[0]) if len(shape) == 3 else (1, 0, 0)
-        ranges = bounds(cu_seqlens, tokens)
+        on_host, mask_on_host = _read(cu_seqlens, mask)
+        ranges = bounds(on_host, tokens)
         longest = max((stop - start for start, stop in ranges), default=0)
-        outputs = _ragged_outputs(ranges, r, prefix, mask)
+        outputs = _ragged_outputs(ranges, r, prefix, mask_on_host)
         m = outputs[-1]
         cu_out = torch.tensor(outputs, dtype=_INT).to(metric.device, non_blocking=True)
         if cu_seqlens.device != metric.device:
