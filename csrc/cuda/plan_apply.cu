@@ -43,8 +43,9 @@ __global__ void plan_apply_merge_kernel(const T* x, T* y, const int32_t* member,
   if (start + thread() >= m * per_row) return;
   const LineAt at(start, per_row, thread());
   int64_t begin = offset[at.row], end = offset[at.row + 1];
-  if (begin < 0 || end < begin || end > nnz) {
-    report(error, Report::plan_apply_offset, end, begin, nnz + 1);
+  const bool starts = at.row > 0 || begin == 0;
+  if (!starts || begin < 0 || end < begin || end > nnz) {
+    report(error, Report::plan_apply_offset, starts ? end : begin, starts ? begin : 0, starts ? nnz + 1 : 1);
     begin = end = 0;
   }
   Vec<T, N> out{};
