@@ -94,6 +94,8 @@ class Side:
 
 def rotation(case: Case, inputs: Any, limits: GpuLimits) -> list[Any]:
     """Enough copies of the inputs to outgrow the L2 four times."""
+    if limits.timer.kind == "host":
+        return [inputs, clone(inputs)]
     wanted = max(2, min(MOST_SETS, -(-4 * limits.l2 // max(nbytes(inputs), 1))))
     return [inputs, *(clone(inputs) for _ in range(wanted - 1))]
 
@@ -117,9 +119,10 @@ def measure(case: Case, dtype: torch.dtype, limits: GpuLimits, clock: Timer, sha
         syncs = clock.syncs(lambda: case.ours.run(inputs))
         least = limits.seconds(case.passes(), dtype, launches)
         samples: dict[str, dict[str, list[tuple[int, float]]]] = {"graph": {}, "call": {}}
+        rounds = ROUNDS if clock.kind == "gpu" else 2  # a host's times say nothing
         gc.disable()
         try:
-            for i in range(ROUNDS):
+            for i in range(rounds):
                 for side in sides:
                     role = side.provider.role
                     samples["call"].setdefault(role, []).append((i, side.call()))
@@ -142,7 +145,7 @@ def measure(case: Case, dtype: torch.dtype, limits: GpuLimits, clock: Timer, sha
             rows.append(
                 Row(
                     "time", "µs", case.operator, f"{case.name}, {NAMES[dtype]}", how, p.role,
-                    p.label + ("" if captured else " (not captured)"), p20, p50, p80, ROUNDS, least * 1e6, kind, over,
+                    p.label + ("" if captured else " (not captured)"), p20, p50, p80, rounds, least * 1e6, kind, over,
                     speedups[p.role], sum(b for b, _ in case.passes()), sum(f for _, f in case.passes()),
                     ", ".join(map(str, case.targets)) if mine else "",
                     _reached(case, over, p50, speedups) if mine else "", **shared,

@@ -14,7 +14,7 @@ fi
 export PYTHONPATH=$PWD/python:$PWD:$site PYTHONUNBUFFERED=1 PATH=$site/bin:$PATH
 dry=()
 if [ -n "${DRY:-}" ]; then
-  export VIDTOK_GPU_TESTS=cpu
+  export VIDTOK_GPU_TESTS=cpu TRITON_INTERPRET=1
   name=dry sm=90 dry=(--tiny --no-compile)
 else
   name=$("$python" -c 'from bench.gpu.__main__ import gpu_name; import torch; print(gpu_name(torch.device("cuda", 0)))') || exit 2
