@@ -60,8 +60,6 @@ class Specimen(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    # Arguments that are multiples of 16 (pointers and strides as they usually come), as a launch would find out.
-    aligned: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------------- launches
@@ -136,7 +134,7 @@ class _Words:
         words = torch.zeros(4, dtype=torch.int32)
         # Pinned memory: a kernel writes to it only when an index is bad, and the host reads it without a sync.
         self.tensor = words if index < 0 else words.pin_memory()
-        self.view = memoryview(self.tensor.numpy())
+        self.view: Any = self.tensor.numpy()
 
 
 @lru_cache(maxsize=64)

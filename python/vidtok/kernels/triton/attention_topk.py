@@ -340,7 +340,7 @@ def specimens() -> list[Specimen]:
             seen: dict[str, Any] = {"mask": None, "position": None} if few else {}
             extra = {} if few else {"mask": "*u8", "position": "*i64"}
             first = {**inputs, **numbers, **extra, **({"logit": "*fp32"} if few else {})}
-            fixed = {**seen, "SPLIT": 256, "BLOCK_M": block_m, "BLOCK_N": _KEYS, **tile}
+            fixed: dict[str, Any] = {**seen, "SPLIT": 256, "BLOCK_M": block_m, "BLOCK_N": _KEYS, **tile}
             if not few:
                 fixed["logit"] = None
             kind = f"of {rows} rows {name}, warps {warps}, unit {unit}"
