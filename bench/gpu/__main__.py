@@ -17,16 +17,13 @@ from typing import Any
 
 import torch
 
-from bench.row import RESULTS, ROOT, Row, commit, write
-
-sys.path.insert(0, str(ROOT / "python"))
-
 from bench import gate
 from bench.case import Case, Provider, clone, nbytes
 from bench.gpu.limits import NAMES, GpuLimits
 from bench.gpu.suites import SUITES
 from bench.gpu.timing import Timer, timer
 from bench.harness import _pairs, _quantiles, _reached
+from bench.row import RESULTS, Row, commit, write
 
 ROUNDS = 25
 MOST_SETS = 64

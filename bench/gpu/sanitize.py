@@ -6,10 +6,6 @@ import sys
 
 import torch
 
-from bench.row import ROOT
-
-sys.path[:0] = [str(ROOT), str(ROOT / "python")]
-
 import vidtok
 from tests.cases import Make
 from tests.ops.test_contract import FIRST, assert_same, leaves, map_arguments
