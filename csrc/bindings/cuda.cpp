@@ -100,6 +100,7 @@ PYBIND11_MODULE(_cuda, m) {
   });
 #if defined(VIDTOK_HOST)
   m.def("set_order", &host::set_order);
+  m.def("launches", &host::launches);
   m.def("run_sample", [](const std::string& sample, uintptr_t x, uintptr_t out, int n, uintptr_t stream,
                          uintptr_t error, int sm, int sms) {
     return int(

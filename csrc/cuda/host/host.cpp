@@ -91,6 +91,7 @@ struct Machine {
 };
 Machine m;
 int order = 0;
+int64_t launched = 0;
 
 Thread& me() { return *m.threads[size_t(m.current)]; }
 
@@ -264,6 +265,8 @@ bool run_block(const std::vector<int64_t>& thread_order) {
 
 void set_order(int wanted) { order = wanted; }
 
+int64_t launches() { return launched; }
+
 void fault(const char* format, ...) {
   va_list list;
   va_start(list, format);
@@ -276,6 +279,7 @@ void fault(const char* format, ...) {
 
 Status launch_fibers(const char* name, int64_t blocks, int threads, int64_t shared, void (*body)(const void*),
                      const void* closure) {
+  ++launched;
   m.name = name;
   m.body = body;
   m.closure = closure;

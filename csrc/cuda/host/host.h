@@ -36,6 +36,9 @@ constexpr int kSlotBytes = 128;
 // Orders in which threads and blocks run: forward, backward, and shuffles.
 void set_order(int order);
 
+// Kernels launched so far.
+int64_t launches();
+
 Status launch_fibers(const char* name, int64_t blocks, int threads, int64_t shared, void (*body)(const void*),
                      const void* closure);
 
