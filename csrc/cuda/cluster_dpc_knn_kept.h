@@ -8,9 +8,10 @@ namespace vidtok::cuda {
 
 // Blocks of an SM that the registers are shared among.
 template <int TILE, int WARPS>
-constexpr int kClusterResident = TILE == 128  ? 1
-                                 : TILE == 32 ? (VIDTOK_SM < 80 ? 4 : 5)
-                                              : (WARPS == 8 || VIDTOK_SM < 80 ? 2 : 3);
+constexpr int kClusterResident = TILE == 128      ? 1
+                                 : TILE == 32     ? (VIDTOK_SM < 80 ? 4 : 5)
+                                 : VIDTOK_SM < 80 ? 8 / WARPS
+                                                  : (WARPS == 8 ? 2 : 3);
 
 // Distances of a wave's segments; blocks walk over the tiles of all of them.
 template <class T, int TILE, int WARPS>

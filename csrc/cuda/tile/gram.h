@@ -150,25 +150,38 @@ class GramTile {
   template <int COPIES>
   VIDTOK_DEVICE static void copy_side(unsigned char* to, const GramRows<T>& rows, int64_t begin, int64_t channels,
                                       bool aligned) {
+    constexpr int kApart =
+        kThreads / 8;  // rows of a thread's copies; a multiple of 8, so that words are permuted alike
+    static_assert(kApart % 8 == 0, "whole groups of eight rows");
     const int word = thread() % 8, first = thread() / 8;
     const int64_t at = begin + word * kPer;
-    VIDTOK_UNROLL
+    unsigned char* slot = to + place(first, word);
+    const T* from = rows.base + first * rows.stride + at;
+    if (aligned && rows.index == nullptr) {
+      VIDTOK_UNROLL
+      for (int i = 0; i < COPIES; ++i) {
+        const bool inside = first + i * kApart < rows.count && at < channels;
+        copy_async(slot + i * kApart * kPitch, inside ? from : rows.base, inside);
+        from += kApart * rows.stride;
+      }
+      return;
+    }
+    VIDTOK_NO_UNROLL
     for (int i = 0; i < COPIES; ++i) {
-      const int row = first + i * (kThreads / 8);
-      const bool valid = row < rows.count;
-      const int64_t line = valid && rows.index != nullptr ? rows.index[row] : row;
-      const T* const from = rows.base + line * rows.stride + at;
-      unsigned char* const slot = to + place(row, word);
+      const int row = first + i * kApart;
+      if (rows.index != nullptr) from = rows.base + (row < rows.count ? rows.index[row] : 0) * rows.stride + at;
       if (aligned) {
-        const bool inside = valid && at < channels;
+        const bool inside = row < rows.count && at < channels;
         copy_async(slot, inside ? from : rows.base, inside);
       } else {
         Vec<T, kPer> v{};
         VIDTOK_UNROLL
         for (int k = 0; k < kPer; ++k)
-          if (valid && at + k < channels) v.v[k] = from[k];
+          if (row < rows.count && at + k < channels) v.v[k] = from[k];
         store(reinterpret_cast<T*>(slot), v);
       }
+      slot += kApart * kPitch;
+      from += kApart * rows.stride;
     }
   }
 
@@ -176,13 +189,18 @@ class GramTile {
   VIDTOK_DEVICE void step_fma(const unsigned char* a, const unsigned char* b) {
     using Four = Vec<float, 4>;
     float part[kMi][kNi][4] = {};
-    for (int word = 0; word < 8; ++word) {
+    // place(row0_ + 8i, word) and place(col0_ + 8j + e, word), apart from what the loop need not count anew.
+    const unsigned char* const rows = a + row0_ * kPitch;
+    const unsigned char* const cols = b + col0_ * kPitch;
+    VIDTOK_NO_UNROLL  // registers
+        for (int word = 0; word < 8; ++word) {
+      const int at_row = (word ^ (row0_ & 7)) * 16, at_col = (word ^ (col0_ & 7)) * 16;
       Four x[kMi * 2];
       VIDTOK_UNROLL
-      for (int i = 0; i < kMi * 2; ++i) x[i] = *reinterpret_cast<const Four*>(a + place(row0_ + 8 * i, word));
+      for (int i = 0; i < kMi * 2; ++i) x[i] = *reinterpret_cast<const Four*>(rows + at_row + i * 8 * kPitch);
       VIDTOK_UNROLL
       for (int j = 0; j < kNi * 2; ++j) {
-        const Four y = *reinterpret_cast<const Four*>(b + place(col0_ + j / 2 * 8 + j % 2, word));
+        const Four y = *reinterpret_cast<const Four*>(cols + (at_col ^ (j % 2 * 16)) + (j / 2 * 8 + j % 2) * kPitch);
         VIDTOK_UNROLL
         for (int i = 0; i < kMi * 2; ++i) {
           float& p = part[i / 2][j / 2][i % 2 * 2 + j % 2];
@@ -195,12 +213,16 @@ class GramTile {
   }
 
   VIDTOK_DEVICE void step_mma(const unsigned char* a, const unsigned char* b) {
-    const int l = lane(), row = warp() / kColWarps * TM, col = warp() % kColWarps * TN;
+    const int l = lane();
+    const int row = warp() / kColWarps * TM + l % 16, col = warp() % kColWarps * TN + l % 8 + l / 16 * 8;
+    const unsigned char* const rows = a + row * kPitch;
+    const unsigned char* const cols = b + col * kPitch;
+    const int at_row = place(0, l / 16 ^ (row & 7)), at_col = place(0, l / 8 % 2 ^ (col & 7));  // of the first words
     uint32_t x[kMi][4][4];
     VIDTOK_UNROLL
     for (int i = 0; i < kMi; ++i) {
       VIDTOK_UNROLL
-      for (int k = 0; k < 4; ++k) load_matrices(x[i][k], a + place(row + 16 * i + l % 16, 2 * k + l / 16));
+      for (int k = 0; k < 4; ++k) load_matrices(x[i][k], rows + i * 16 * kPitch + (at_row ^ (32 * k)));
     }
     VIDTOK_UNROLL
     for (int j = 0; j < kNi; j += 2) {
@@ -208,7 +230,7 @@ class GramTile {
       VIDTOK_UNROLL
       for (int k = 0; k < 4; ++k) {
         uint32_t y[4];
-        load_matrices(y, b + place(col + 8 * j + l % 8 + l / 16 * 8, 2 * k + l / 8 % 2));
+        load_matrices(y, cols + j * 8 * kPitch + (at_col ^ (32 * k)));
         const uint32_t left[2] = {y[0], y[1]}, right[2] = {y[2], y[3]};
         VIDTOK_UNROLL
         for (int i = 0; i < kMi; ++i) {
