@@ -112,7 +112,7 @@ class _Device:
             self.sms = torch.cuda.get_device_properties(index).multi_processor_count
             # Pinned memory: a kernel writes to it only when an index is bad, and the host reads it without a sync.
             self.error = torch.zeros(_ERROR_WORDS, dtype=torch.int32).pin_memory()
-        self.words = memoryview(self.error.numpy())
+        self.words = memoryview(self.error.numpy())  # type: ignore[arg-type]
         self.address = self.error.data_ptr()
 
 

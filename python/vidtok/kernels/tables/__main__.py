@@ -57,7 +57,11 @@ def build(sm: int, known: Table = _files.EMPTY) -> dict[str, Any]:
 
 def text(sm: int, path: Path, extra: Table = _files.EMPTY) -> str:
     """The file of one SM as it should be, with measured lines of the file at ``path`` and of ``extra``."""
-    now = measured(_files.read(path, sm))
+    try:
+        now = measured(_files.read(path, sm))
+    except ValueError as error:  # the knobs themselves changed
+        print(f"{path.name}: {error}; made anew, without its measured lines", file=sys.stderr)
+        now = _files.EMPTY
     known = Table({**now.frozen, **extra.frozen}, {**now.entries, **extra.entries})
     return _files.dump(build(sm, known)) + "\n"
 

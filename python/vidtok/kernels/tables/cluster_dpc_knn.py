@@ -4,8 +4,8 @@ The sweep does ``2 · tile² · channels`` FLOP per tile on tensor cores (FMA fo
 channels (Triton: ``depth``), ``stages`` of them in flight; rows come again from the L2 cache for every tile. Large
 tiles read less, hold more registers and leave SMs idle on small segments. Pipelines deeper than two need
 cp.async, which sm_70 lacks. The other launches read the distances kept in a workspace. In CUDA every product runs over
-the channels in order and no knob changes bits; Triton's depth and the warps of its norms cut sums, so they depend on
-the channels only.
+the channels in order and no knob changes bits; Triton's depth and the warps of its norms cut sums and its tile decides
+which instructions multiply (wgmma from 64 on sm_90), so they depend on the channels only.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {"tile": (64, 32, 128), "warps": (4, 8), "stages": (2, 1, 3, 4)},
     "triton": {"tile": (64, 32, 128), "depth": (64, 32, 128), "num_warps": (4, 2, 8), "num_stages": (2, 1, 3, 4)},
 }
-BITS: dict[str, frozenset[str]] = {"cuda": frozenset(), "triton": frozenset({"depth", "num_warps"})}
+BITS: dict[str, frozenset[str]] = {"cuda": frozenset(), "triton": frozenset({"depth", "num_warps", "tile"})}
 SHAPES = [
     {"segments": s, "longest": n, "channels": 4096} for s, n in ((1, 32), (8, 256), (32, 256), (32, 512), (32, 1024))
 ] + [{"segments": 32, "longest": 256, "channels": 1024}]
-# Registers per thread of the CUDA kernel by (tile, warps), as its compiler reports on sm_80: 16-bit inputs, fp32.
-REGISTERS = {(32, 4): (96, 72), (64, 4): (210, 168), (64, 8): (124, 128), (128, 8): (255, 255)}
+# Registers per thread of the CUDA kernel by (tile, warps), the most of sm_80 to sm_90: 16-bit inputs, fp32.
+REGISTERS = {(32, 4): (91, 96), (64, 4): (156, 168), (64, 8): (110, 128), (128, 8): (229, 255)}
 CANONICAL = {"segments": 32, "longest": 512}
 
 
@@ -53,6 +53,8 @@ def works(backend: str, gpu: Gpu, dtype: str, shape: Shape, knobs: Knobs) -> Wor
             return f"tiles of {tile} are made by {allowed} warps, not {warps}"
         if gpu.sm < 80 and stages > 2:
             return f"{stages} stages need cp.async, which sm_{gpu.sm} lacks: 2 at most"
+        if gpu.sm < 80 and tensor and tile == 128:
+            return f"sums of a tile of 128 halves do not fit the registers of sm_{gpu.sm}: 64 at most"
         registers = REGISTERS[tile, warps][0 if tensor else 1]
         shared = stages * 2 * tile * (144 if gpu.sm < 80 and tensor else 128) + 8 * tile + 256
     else:
