@@ -184,7 +184,7 @@ def gpu_kernels(name: str, file: str, function: str, device: int | None) -> tupl
     return state.gpu[key]
 
 
-def _apply(requested: str) -> None:
+def _apply(requested: str, check: bool = True) -> None:
     if requested not in BACKENDS:
         _check.fail(f"a backend among {', '.join(BACKENDS)}", requested)
     stand_in = None
@@ -192,7 +192,7 @@ def _apply(requested: str) -> None:
         for operator in OPERATORS:
             can_run_cpu(operator, raise_error=True)
     elif requested in GPU_BACKENDS and not torch.cuda.is_available():
-        reason = _gpu_obstacle(requested, None, None)
+        reason = _gpu_obstacle(requested, None, None) if check else None
         if reason is not None:
             raise RuntimeError(reason)
         stand_in = requested
@@ -257,7 +257,8 @@ def obstacles(operator: str, device: int | None = None) -> dict[str, str | None]
     return {"cpu": _cpu_obstacle(operator)}
 
 
-_apply(os.environ.get("VIDTOK_BACKEND", "auto"))
+# The GPU backends import this module: whether one can run here is asked at the first call.
+_apply(os.environ.get("VIDTOK_BACKEND", "auto"), check=False)
 if _C is None and state.requested != "reference":
     warnings.warn(
         f"vidtok's compiled extension is missing ({_import_error}); the reference operators serve instead, slower. "
