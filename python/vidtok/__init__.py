@@ -13,14 +13,23 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vidtok import data, kernels, methods, models, ops, spec
+    from vidtok.kernels.reports import synchronize
     from vidtok.kernels.select import use_backend
     from vidtok.models.attach import attach
     from vidtok.plan import Plan
 
 _MODULES = ("data", "kernels", "methods", "models", "ops", "plan", "spec", "systems")
-_NAMES = {"Plan": "vidtok.plan", "attach": "vidtok.models.attach", "use_backend": "vidtok.kernels.select"}
+_NAMES = {
+    "Plan": "vidtok.plan",
+    "attach": "vidtok.models.attach",
+    "synchronize": "vidtok.kernels.reports",
+    "use_backend": "vidtok.kernels.select",
+}
 
-__all__ = ["Plan", "__version__", "attach", "data", "kernels", "methods", "models", "ops", "spec", "use_backend"]
+__all__ = [
+    "Plan", "__version__", "attach", "data", "kernels", "methods", "models", "ops", "spec", "synchronize",
+    "use_backend",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

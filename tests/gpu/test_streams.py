@@ -10,7 +10,7 @@ from tests.cases import Make
 from tests.gpu.test_operators import back, on, oracle
 from tests.ops.test_contract import FIRST, assert_same, leaves
 from vidtok import ops
-from vidtok.kernels import cuda, select
+from vidtok.kernels import select
 from vidtok.plan import Plan
 
 CYCLES = 50_000_000
@@ -67,10 +67,10 @@ def bad_plan(device):
 def test_a_bad_index_is_reported_and_nothing_is_read_outside(backend, device):
     y = ops.plan_apply(bad_plan(device), torch.ones(3, 64, device=device))
     with pytest.raises(IndexError, match=r"plan_apply: expected anchor in \[-1, 3\), got 9"):
-        cuda.synchronize(device)
+        vidtok.synchronize(device)
     assert y[0].eq(1).all() and y[1].eq(0).all()
     ops.plan_apply(Plan.identity([3], device), torch.ones(3, 64, device=device))  # reported once
-    cuda.synchronize(device)
+    vidtok.synchronize(device)
 
 
 def test_the_next_call_raises_what_an_earlier_one_reported(backend, device):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vidtok import _constant
-from vidtok.kernels import select
+from vidtok.kernels import reports, select
 from vidtok.kernels.native import DTYPE_CODE, pointer
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
 # As the tuning tables name them.
 DTYPE_NAME = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPE_CODE}
 _ERRORS: dict[str, type[Exception]] = {"index": IndexError, "value": ValueError, "memory": MemoryError}
-_ERROR_WORDS = 8
 
 
 class Launch(NamedTuple):
@@ -100,20 +99,14 @@ class _Device:
     """What launches on one GPU share: its SM, its SM count and the words kernels report to."""
 
     def __init__(self, index: int) -> None:
-        host = index < 0
         self.index = index
-        if host:
-            info = extension().build_info()
-            self.sm = int(os.environ.get("VIDTOK_CUDA_SM") or info["sms"][0])
+        if index < 0:
+            self.sm = int(os.environ.get("VIDTOK_CUDA_SM") or extension().build_info()["sms"][0])
             self.sms = 4
-            self.error = torch.zeros(_ERROR_WORDS, dtype=torch.int32)
         else:
             self.sm = select.sm_of(index)
             self.sms = torch.cuda.get_device_properties(index).multi_processor_count
-            # Pinned memory: a kernel writes to it only when an index is bad, and the host reads it without a sync.
-            self.error = torch.zeros(_ERROR_WORDS, dtype=torch.int32).pin_memory()
-        self.words = memoryview(self.error.numpy())  # type: ignore[arg-type]
-        self.address = self.error.data_ptr()
+        self.words = reports.words(index)
 
 
 @lru_cache(maxsize=64)
@@ -121,22 +114,13 @@ def _device(index: int) -> _Device:
     return _Device(index)
 
 
-def _raise_pending(device: _Device, late: bool) -> None:
-    code, value, low, high = device.words[:4].tolist()
-    for i in range(_ERROR_WORDS):
-        device.words[i] = 0
-    operator, name = extension().report_name(code)
-    when = "an earlier call of " if late else ""
-    raise IndexError(f"{when}{operator}: expected {name} in [{low}, {high}), got {value}")
-
-
 def launch(x: Tensor) -> Launch:
     """Stream, error words and SM for a call on the device of ``x``; raises what an earlier kernel reported."""
     device = _device(x.get_device())
-    if device.words[0]:
-        _raise_pending(device, late=True)
+    if device.words.view[0]:
+        device.words.raise_pending(late=True)
     stream = 0 if device.index < 0 else torch._C._cuda_getCurrentRawStream(device.index)
-    return Launch(stream, device.address, device.sm, device.sms)
+    return Launch(stream, device.words.address, device.sm, device.sms)
 
 
 def check(status: int, operator: str, x: Tensor) -> None:
@@ -144,18 +128,11 @@ def check(status: int, operator: str, x: Tensor) -> None:
     if status:
         code, message = extension().last_error(status)
         raise _ERRORS.get(code, RuntimeError)(f"{operator}: {message}")
-    if not x.is_cuda:
-        device = _device(-1)
-        if device.words[0]:
-            _raise_pending(device, late=False)
+    if not x.is_cuda and _device(-1).words.view[0]:
+        _device(-1).words.raise_pending(late=False)
 
 
-def synchronize(device: torch.device | int | None = None) -> None:
-    """Wait for a GPU and raise what its kernels reported."""
-    index = torch.cuda.current_device() if device is None else torch.device("cuda", device).index  # type: ignore[arg-type]
-    torch.cuda.synchronize(index)
-    if _device(index).words[0]:
-        _raise_pending(_device(index), late=True)
+reports.register(0, lambda code: extension().report_name(code))
 
 
 def refuse_long(count: int, what: str) -> None:

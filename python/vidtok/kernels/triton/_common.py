@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from contextlib import AbstractContextManager
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidtok.kernels import select, tables
+from vidtok.kernels import reports, select, tables
 from vidtok.kernels.cuda import device_list
 
 __all__ = [
@@ -107,71 +106,43 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 
 
 # ---------------------------------------------------------------------- error reports
-# A kernel that meets a bad index writes (code, value, low, high); codes count from 1.
-_REPORTS: tuple[tuple[str, str, type[Exception]], ...] = (
-    ("topk_select", "keep", ValueError),
-    ("topk_select", "cu_seqlens", IndexError),
-    ("plan_apply", "anchor", IndexError),
-    ("plan_apply", "member", IndexError),
-    ("plan_apply", "offset", IndexError),
-    ("position_remap", "anchor", IndexError),
-    ("pool_packed", "grid_thw", IndexError),
-    ("adjacent_similarity", "grid_thw", IndexError),
-    ("cluster_dpc_knn", "num_clusters", ValueError),
-    ("cluster_dpc_knn", "cu_seqlens", IndexError),
-    ("contour_select", "num", ValueError),
-    ("contour_select", "cu_seqlens", IndexError),
+# A kernel that meets a bad index writes (code, value, low, high), see kernels/reports.py.
+_REPORTS: tuple[tuple[str, str], ...] = (
+    ("topk_select", "keep"),
+    ("topk_select", "cu_seqlens"),
+    ("plan_apply", "anchor"),
+    ("plan_apply", "member"),
+    ("plan_apply", "offset"),
+    ("position_remap", "anchor"),
+    ("pool_packed", "grid_thw"),
+    ("adjacent_similarity", "grid_thw"),
+    ("cluster_dpc_knn", "num_clusters"),
+    ("cluster_dpc_knn", "cu_seqlens"),
+    ("contour_select", "num"),
+    ("contour_select", "cu_seqlens"),
 )
 
 
 def code_of(operator: str, name: str) -> int:
     """Number of a report."""
-    return 1 + [r[:2] for r in _REPORTS].index((operator, name))
+    return reports.TRITON + _REPORTS.index((operator, name))
 
 
-class _Words:
-    def __init__(self, index: int) -> None:
-        words = torch.zeros(4, dtype=torch.int32)
-        # Pinned memory: a kernel writes to it only when an index is bad, and the host reads it without a sync.
-        self.tensor = words if index < 0 else words.pin_memory()
-        self.view: Any = self.tensor.numpy()
-
-
-@lru_cache(maxsize=64)
-def _words(index: int) -> _Words:
-    return _Words(index)
-
-
-def _raise(words: _Words, late: bool) -> None:
-    code, value, low, high = words.view.tolist()
-    for i in range(4):
-        words.view[i] = 0
-    operator, name, error = _REPORTS[code - 1]
-    when = "an earlier call of " if late else ""
-    raise error(f"{when}{operator}: expected {name} in [{low}, {high}), got {value}")
+reports.register(reports.TRITON, lambda code: _REPORTS[code])
 
 
 def error_words(x: Tensor) -> Tensor:
     """Where kernels on the device of ``x`` report bad indices; raises what an earlier kernel reported."""
-    words = _words(x.get_device())
+    words = reports.words(x.get_device())
     if words.view[0]:
-        _raise(words, late=True)
+        words.raise_pending(late=True)
     return words.tensor
 
 
 def check(x: Tensor) -> None:
     """In the interpreter, raise what the kernels just launched have reported."""
-    if not x.is_cuda:
-        words = _words(x.get_device())
-        if words.view[0]:
-            _raise(words, late=False)
-
-
-def raise_pending(index: int) -> None:
-    """Raise what kernels on a GPU have reported; call it after a sync."""
-    words = _words(index)
-    if words.view[0]:
-        _raise(words, late=True)
+    if not x.is_cuda and reports.words(-1).view[0]:
+        reports.words(-1).raise_pending(late=False)
 
 
 @triton.jit
