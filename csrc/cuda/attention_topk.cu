@@ -314,6 +314,8 @@ __global__ void attention_topk_scores_kernel(const float* logits, const RowShare
 
 #if !defined(__CUDACC_RTC__)
 
+#include <type_traits>
+
 #include "cuda/attention_topk.h"
 #include "cuda/tile/launch.h"
 #include "cuda/topk_select.h"
