@@ -85,14 +85,9 @@ def expected(a: Tensor, b: Tensor, rows: int, cols: int, tile: int) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_of_ragged_rows(dtype, tile, warps, stages):
     """Any number of rows and channels, strides with and without 16-byte accesses."""
-    if stages == 4 and tile == 128 and (SM < 80 or stages * 2 * tile * 128 > 99 * 1024):
-        stages = 3
-    for rows, cols, channels, stride in (
-        (tile, tile, 128, 128),
-        (tile - 5, 3, 77, 77),
-        (1, tile, 40, 48),
-        (2, 2, 0, 8),
-    ):
+    stages = min(stages, 2 if SM < 80 else 3 if tile == 128 else 4)
+    shapes = ((tile, tile, 128, 128), (tile - 5, 3, 77, 77), (1, tile, 40, 48), (2, 2, 0, 8))
+    for rows, cols, channels, stride in shapes:
         a = random(rows, tile, stride, dtype=dtype)[:, :channels]
         b = random(cols, tile, stride, dtype=dtype)[:, :channels]
         out, most = gram(a, b, rows, cols, tile, warps, stages)

@@ -138,6 +138,7 @@ class GramTile {
  private:
   static constexpr int kPer = 16 / int(sizeof(T));
   static constexpr int kCopiesA = BM * 8 / kThreads, kCopiesB = BN * 8 / kThreads;
+  static constexpr bool kAsync = VIDTOK_SM >= 80;
   static constexpr bool kWmma = sizeof(T) == 2 && VIDTOK_SM < 80;
   // wmma reads plain rows, 16 bytes further apart; the others a line per row with its 16-byte words permuted, so that
   // words of eight neighbouring rows lie in different banks.
@@ -158,12 +159,18 @@ class GramTile {
     unsigned char* slot = to + place(first, word);
     const T* from = rows.base + first * rows.stride + at;
     if (aligned && rows.index == nullptr) {
+      Vec<T, kPer> held[COPIES];  // without cp.async all loads come before the stores, so that they overlap
       VIDTOK_UNROLL
       for (int i = 0; i < COPIES; ++i) {
         const bool inside = first + i * kApart < rows.count && at < channels;
-        copy_async(slot + i * kApart * kPitch, inside ? from : rows.base, inside);
+        if constexpr (kAsync)
+          copy_async(slot + i * kApart * kPitch, inside ? from : rows.base, inside);
+        else
+          held[i] = inside ? load<T, kPer>(from) : Vec<T, kPer>{};
         from += kApart * rows.stride;
       }
+      VIDTOK_UNROLL
+      for (int i = 0; i < COPIES && !kAsync; ++i) store(reinterpret_cast<T*>(slot + i * kApart * kPitch), held[i]);
       return;
     }
     VIDTOK_NO_UNROLL
