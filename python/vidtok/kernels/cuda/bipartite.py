@@ -84,6 +84,7 @@ def _call(
     shape, stride = metric.shape, metric.stride()
     tokens, dim = shape[-2], shape[-1]
     empty = metric.new_empty
+    r = max(r, 0)
     if cu_seqlens is None:
         batch, n, longest = shape[0], shape[0] * tokens, tokens
         heads, by_batch, by_head = (shape[1], stride[0], stride[1]) if len(shape) == 4 else (1, stride[0], 0)
