@@ -6,7 +6,13 @@ import os
 
 collect_ignore = []
 if not os.environ.get("VIDTOK_CUDA_MODULE"):
-    collect_ignore += ["test_cuda_host.py", "test_cuda_paths.py", "test_host_machine.py", "test_tile.py"]
+    collect_ignore += [
+        "test_cuda_clusters.py",
+        "test_cuda_host.py",
+        "test_cuda_paths.py",
+        "test_host_machine.py",
+        "test_tile.py",
+    ]
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore += ["test_triton.py", "test_triton_paths.py"]
 if not os.environ.get("VIDTOK_CUDA_MODULE") and os.environ.get("TRITON_INTERPRET") != "1":

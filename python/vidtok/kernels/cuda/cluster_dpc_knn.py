@@ -21,6 +21,11 @@ def _choice(x: Tensor, segments: int, longest: int, sm: int) -> tuple[int, int, 
     return knobs["tile"], knobs["warps"], knobs["stages"]
 
 
+def _known(cu_seqlens: Tensor | None) -> Tensor | None:
+    """Offsets that the host can read without waiting."""
+    return None if cu_seqlens is None or cu_seqlens.is_cuda else cu_seqlens
+
+
 def cluster_dpc_knn(x: Tensor, num_clusters: Tensor, k: int, cu_seqlens: Tensor | None, num_center: int) -> Any:
     """See :func:`vidtok.kernels.reference.cluster_dpc_knn.cluster_dpc_knn`."""
     dtype = DTYPE_CODE.get(x.dtype)
@@ -36,7 +41,7 @@ def cluster_dpc_knn(x: Tensor, num_clusters: Tensor, k: int, cu_seqlens: Tensor 
         if num_center < 0:
             return NotImplemented
     # Offsets and counts that the host knows are checked here, others by the kernel.
-    known = None if cu_seqlens is None or cu_seqlens.is_cuda else cu_seqlens
+    known = _known(cu_seqlens)
     longest = -(-n // max(segments, 1))
     if cu_seqlens is None or known is not None:
         offsets = [0, n] if known is None else known.tolist()
