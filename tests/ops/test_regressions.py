@@ -72,7 +72,7 @@ def test_more_tokens_than_int32_counts() -> None:
     if not select.holds("bipartite_match"):
         return
     metric = torch.zeros(1, 1, 1).expand(2**16, 2**15, 1)
-    with pytest.raises(ValueError, match="fewer than 2\\^31 tokens"):
+    with pytest.raises(ValueError, match=r"fewer than (2\^31|2147483648) tokens"):
         torch.ops.vidtok.bipartite_match(metric, 1, None, 0, None, None)
 
 

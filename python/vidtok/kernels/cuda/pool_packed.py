@@ -15,24 +15,26 @@ from vidtok.kernels.native.pool_packed import _grids
 
 @lru_cache(maxsize=1024)
 def _layout(grid_in: tuple[int, ...], grid_out: tuple[int, ...], num_in: int, num_out: int) -> tuple[int, ...] | None:
-    """(first token before, after, t, h, w, h', w') of each video; raises unless the grids fit.
+    """(first token before, after, t, h, w, h', w') of each video with tokens; raises unless the grids fit.
 
     None for sides that the kernels leave to the reference.
     """
     flat: list[int] = []
-    held = left = 0
+    held = left = longest = 0
     for at in range(0, len(grid_in), 3):
         (t, h, w), (frames, oh, ow) = grid_in[at : at + 3], grid_out[at : at + 3]
         if min(t, h, w, oh, ow) < 0 or t != frames or oh > h or ow > w:
             break
-        flat += (held, left, t, h, w, oh, ow)
-        held, left = held + t * h * w, left + t * oh * ow
-    if len(flat) * 3 != len(grid_in) * 7 or held != num_in or left != num_out:
-        raise IndexError(
-            f"expected grids over {num_in} and {num_out} tokens that pooling only shrinks, got "
-            f"{grid_in[:12]} to {grid_out[:12]}"
-        )
-    return tuple(flat) if all(side < 2**16 for side in (*grid_in[1::3], *grid_in[2::3])) else None
+        if t * h * w:
+            flat += (held, left, t, h, w, oh, ow)
+            held, left, longest = held + t * h * w, left + t * oh * ow, max(longest, h, w)
+    else:
+        if (held, left) == (num_in, num_out):
+            return tuple(flat) if longest < 2**16 else None
+    raise IndexError(
+        f"expected grids over {num_in} and {num_out} tokens that pooling only shrinks, got "
+        f"{grid_in[:12]} to {grid_out[:12]}"
+    )
 
 
 def _flat(grid: Tensor) -> tuple[int, ...]:
@@ -69,7 +71,7 @@ def pool_packed(x: Tensor, grid_in: Tensor, grid_out: Tensor, num_out: int) -> A
     grids = device_list(layout, x)
     on = launch(x)
     status = extension().pool_packed(
-        x.data_ptr(), out.data_ptr(), dtype, n, num_out, c, x.stride(0), grids.data_ptr(), grid_in.shape[0],
+        x.data_ptr(), out.data_ptr(), dtype, n, num_out, c, x.stride(0), grids.data_ptr(), len(layout) // 7,
         *_choice(x, num_out, on), *on,
     )  # fmt: skip
     check(status, "pool_packed", x)
@@ -93,7 +95,7 @@ def pool_packed_backward(grad: Tensor, grid_in: Tensor, grid_out: Tensor, num_in
     grids = device_list(layout, grad)
     on = launch(grad)
     status = extension().pool_packed_backward(
-        grad.data_ptr(), out.data_ptr(), dtype, num_in, m, c, grad.stride(0), grids.data_ptr(), grid_in.shape[0],
+        grad.data_ptr(), out.data_ptr(), dtype, num_in, m, c, grad.stride(0), grids.data_ptr(), len(layout) // 7,
         *_choice(grad, num_in, on), *on,
     )  # fmt: skip
     check(status, "pool_packed_backward", grad)
