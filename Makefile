@@ -70,7 +70,7 @@ check-gpu-triton: install
 	$(TIMED) gpu-triton 5 env TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 tests/kernels/test_triton.py tests/kernels/test_triton_paths.py tests/kernels/test_knobs.py
 
 check-gpu-compile: venv
-	$(TIMED) gpu-compile 6 bash -c '$(PYTHON) scripts/cuda_compile && $(PYTHON) scripts/triton_compile'
+	$(TIMED) gpu-compile 8 bash -c 'status=0; $(PYTHON) scripts/cuda_compile || status=1; $(PYTHON) scripts/triton_compile || status=1; exit $$status'
 
 check-lint: venv
 	$(TIMED) lint 2 scripts/lint $(PYTHON)
@@ -89,7 +89,7 @@ check-tsan: venv
 	$(TIMED) tsan 2 scripts/tsan $(PYTHON)
 
 check-packaging: install
-	$(TIMED) packaging 10 $(PYTEST) -m packaging tests/packaging
+	$(TIMED) packaging 14 $(PYTEST) -m packaging tests/packaging
 
 check-docs: install
 	$(TIMED) docs 2 env $(HF_OFFLINE) scripts/docs $(PYTHON)
@@ -107,4 +107,4 @@ bench: install
 	$(PYTHON) -m bench $(BENCH_ARGS)
 
 clean:
-	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache python/*.egg-info python/vidtok/_C.*.so
+	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache python/*.egg-info python/vidtok/_C.*.so python/vidtok/_cuda.*.so

@@ -10,6 +10,8 @@
 
 namespace vidtok::cuda {
 
+constexpr int kSimilarThreads = 8 * kWarp;  // the most that a table may ask for
+
 struct SimilarRun {
   int64_t row, slots, frames, before;
 };
@@ -117,7 +119,7 @@ VIDTOK_DEVICE SimilarRun run_of(const SimilarRun* runs, int64_t count, int64_t p
 // A piece: up to `step` frames of a slot against the frame before each; a video's first piece also holds its first
 // frame.
 template <class T, SimilarRows ROWS>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kSimilarThreads)
     similar_previous_kernel(const T* x, float* y, const SimilarRun* runs, int64_t num_runs, int64_t c, int64_t x_stride,
                             int64_t step) {
   VIDTOK_SMEM(shared);
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(1024)
 
 // A piece: a slot of a segment, (‖Σ unit rows‖² − frames) / (w(w − 1)).
 template <class T, SimilarRows ROWS>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kSimilarThreads)
     similar_window_kernel(const T* x, float* y, const SimilarRun* runs, int64_t num_runs, int64_t c, int64_t x_stride) {
   constexpr int N = kPerAccess<T>;
   VIDTOK_SMEM(shared);
@@ -195,7 +197,7 @@ __global__ void __launch_bounds__(1024)
 
 // `step` tokens of a block against the centre of their sequence.
 template <class T, SimilarRows ROWS>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kSimilarThreads)
     similar_center_kernel(const T* x, float* y, const T* center, const int32_t* cu_seqlens, int64_t sequences,
                           int64_t n, int64_t c, int64_t x_stride, int64_t step, int32_t* error) {
   VIDTOK_SMEM(shared);
@@ -293,6 +295,8 @@ Status similar(const SimilarityArgs& a, int threads, const Launch& on) {
 
 Status adjacent_similarity(const SimilarityArgs& a, const AdjacentSimilarityChoice& choice, const Launch& on) {
   const int threads = choice.warps * kWarp;
+  if (threads > kSimilarThreads)
+    return fail(Status::value, "expected at most %d warps, got %d", kSimilarThreads / kWarp, choice.warps);
   switch (a.dtype) {
     case DType::f32:
       return similar<float>(a, threads, on);

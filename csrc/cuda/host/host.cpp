@@ -135,8 +135,8 @@ void settle_warp(int id) {
     const int other = first + l;
     if (other >= m.count) {
       m.failed = true;
-      std::snprintf(m.message, sizeof m.message, "mask %08x at %s:%d names lane %d, which the block does not have", t.mask,
-                    base_name(t.file), t.line, l);
+      std::snprintf(m.message, sizeof m.message, "mask %08x at %s:%d names lane %d, which the block does not have",
+                    t.mask, base_name(t.file), t.line, l);
       return;
     }
     const Thread& o = *m.threads[size_t(other)];
@@ -196,10 +196,11 @@ void describe_deadlock() {
   }
   m.failed = true;
   const Thread& t = *m.threads[size_t(example)];
-  std::snprintf(m.message, sizeof m.message,
-                "deadlock: of %d threads %d exited, %d wait at a barrier and %d for their warp; thread %d waits at %s:%d "
-                "(mask %08x)",
-                m.count, m.finished, at_barrier, in_warp, example, base_name(t.file), t.line, t.mask);
+  std::snprintf(
+      m.message, sizeof m.message,
+      "deadlock: of %d threads %d exited, %d wait at a barrier and %d for their warp; thread %d waits at %s:%d "
+      "(mask %08x)",
+      m.count, m.finished, at_barrier, in_warp, example, base_name(t.file), t.line, t.mask);
 }
 
 std::vector<int64_t> permutation(int64_t n, uint64_t salt) {

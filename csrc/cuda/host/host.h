@@ -61,7 +61,8 @@ template <class T>
 T shuffle(T x, int from, unsigned mask, const char* file, int line) {
   static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8, "a GPU shuffles 4 or 8 bytes");
   const unsigned char* slots = exchange(&x, sizeof x, mask, file, line);
-  if (!((mask >> from) & 1u)) fault("shuffle at %s:%d reads lane %d, which mask %08x leaves out", file, line, from, mask);
+  if (!((mask >> from) & 1u))
+    fault("shuffle at %s:%d reads lane %d, which mask %08x leaves out", file, line, from, mask);
   T out;
   __builtin_memcpy(&out, slots + size_t(from) * kSlotBytes, sizeof out);
   return out;

@@ -16,8 +16,7 @@ template <class T>
 #if !defined(VIDTOK_HOST)
 __host__ __device__
 #endif
-    constexpr int64_t
-    carved(int64_t n) {
+    constexpr int64_t carved(int64_t n) {
   return (n * int64_t(sizeof(T)) + 15) / 16 * 16;
 }
 
@@ -46,8 +45,8 @@ class Carver {
 #if defined(VIDTOK_HOST)
 #define VIDTOK_SMEM(name) ::vidtok::cuda::Carver name(nullptr)
 #else
-#define VIDTOK_SMEM(name)                              \
-  extern __shared__ uint4 vidtok_dynamic_shared[];     \
+#define VIDTOK_SMEM(name)                          \
+  extern __shared__ uint4 vidtok_dynamic_shared[]; \
   ::vidtok::cuda::Carver name(reinterpret_cast<unsigned char*>(vidtok_dynamic_shared))
 #endif
 
