@@ -81,7 +81,6 @@ py::dict build_info() {
 #else
   out["threads"] = "OpenMP";
 #endif
-  out["cuda"] = false;
   return out;
 }
 
