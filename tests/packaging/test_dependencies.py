@@ -26,6 +26,8 @@ def modules(requirements: list[str]) -> set[str]:
 WITH_TRANSFORMERS = {"huggingface_hub", "safetensors", "tokenizers"}
 CORE = modules(PROJECT["dependencies"])
 EXTRA = {m for group in PROJECT["optional-dependencies"].values() for m in modules(group)} - {"vidtok"}
+# Folders that are imported only where their package is.
+ONLY_WITH = {"triton": "python/vidtok/kernels/triton/"}
 # What the demo and doctor look for and do without.
 LOOKED_FOR = {"skvideo", "psutil"}
 
@@ -53,8 +55,25 @@ def test_imports_are_declared() -> None:
                 continue
             if module in EXTRA | LOOKED_FOR and guarded:
                 continue
+            if module in ONLY_WITH and file.relative_to(ROOT).as_posix().startswith(ONLY_WITH[module]):
+                continue
             wrong.append(f"{file.relative_to(ROOT)}: {module}")
     assert wrong == []
+
+
+def test_nothing_imports_those_folders_at_once() -> None:
+    """They are reached by importlib inside functions; an import at the top of another file would need the package."""
+    for file in sorted((ROOT / "python/vidtok").rglob("*.py")):
+        name = file.relative_to(ROOT).as_posix()
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for package, folder in ONLY_WITH.items():
+            dotted = folder.removeprefix("python/").rstrip("/").replace("/", ".")
+            if name.startswith(folder):
+                continue
+            tops = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+            seen = {n.module or "" for n in tops if isinstance(n, ast.ImportFrom)}
+            seen |= {alias.name for n in tops if isinstance(n, ast.Import) for alias in n.names}
+            assert not any(m.startswith(dotted) or m == package for m in seen), name
 
 
 def test_core_dependencies_are_used() -> None:
