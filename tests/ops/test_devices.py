@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -43,3 +45,12 @@ def test_a_list_is_looked_into(on):
 def test_small_lists_may_lie_on_the_host_but_not_on_another_gpu(on):
     with pytest.raises(ValueError, match="got grid on cuda:1 and x on cuda:0"):
         _gpu_index(NAMES, (on("cuda:0"), on("cuda:0"), on("cuda:1"), []))
+
+
+def test_offsets_of_videos_lie_where_the_tokens_lie():
+    """A grid is on the host; the centres' sequences, one per video, must not be."""
+    grid = torch.tensor([[1, 2, 2], [2, 1, 2]])
+    module = importlib.import_module("vidtok.ops.adjacent_similarity")
+    assert module._one_per_video(grid, torch.device("meta")).is_meta
+    found = module._one_per_video(grid, torch.device("cpu"))
+    assert found.dtype is torch.int32 and found.tolist() == [0, 4, 8]

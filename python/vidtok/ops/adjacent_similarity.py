@@ -14,6 +14,7 @@ from vidtok.kernels.reference import adjacent_similarity as reference
 from vidtok.kernels.reference._numerics import accumulate_dtype
 from vidtok.ops import _grid
 from vidtok.ops._library import define, dynamic_size
+from vidtok.plan import offsets
 
 
 def _fake(
@@ -36,6 +37,14 @@ _op = define(
     _fake,
     native.adjacent_similarity,
 )
+
+
+def _one_per_video(grid: Tensor, device: torch.device) -> Tensor:
+    """Offsets of the videos, where ``x`` lies."""
+    if not torch.compiler.is_compiling():
+        return offsets([t * h * w for t, h, w in grid.tolist()], device)
+    lengths = grid.prod(1)
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device, torch.int32)
 
 
 def adjacent_similarity(
@@ -97,8 +106,7 @@ def adjacent_similarity(
             _check.fail(f"center of shape [S, {x.shape[1]}] in {x.dtype}", center)
         center = _check.decided_from(center)
         if cu_seqlens is None:
-            lengths = grid.prod(1)
-            cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+            cu_seqlens = _one_per_video(grid, x.device)
         else:
             cu_seqlens = _check.cu_seqlens(cu_seqlens, n)
         if cu_seqlens.shape[0] != center.shape[0] + 1:
