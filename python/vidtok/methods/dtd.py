@@ -8,7 +8,7 @@ from torch import Tensor
 from vidtok import ops
 from vidtok.methods import _common
 from vidtok.methods._common import Grid, GridLike, Method
-from vidtok.plan import Plan
+from vidtok.plan import Plan, compact
 
 
 def check(threshold: float, relative: bool = False) -> None:
@@ -75,7 +75,8 @@ def dtd(features: Tensor, grid_thw: GridLike, *, threshold: float, relative: boo
     dropped = ops.topk_select(similarity, drops, cu_seqlens=_common.offsets(frames, device))
     keep = torch.ones(sum(lengths), dtype=torch.bool, device=device)
     keep[dropped] = False
-    return _common.gather(torch.nonzero(keep).squeeze(1), lengths, [c for c in counts if c is not None])
+    kept = [c for c in counts if c is not None]
+    return _common.gather(compact(keep, sum(kept)), lengths, kept)
 
 
 METHOD = Method("dtd", dtd, check, count, {"threshold": "float", "relative": "bool"}, {"relative": False})

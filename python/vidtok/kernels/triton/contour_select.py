@@ -34,7 +34,7 @@ SIDE = 16
 # The largest matrix that one block factors in registers.
 LARGEST_RANK = 64
 # The most frames among which ``contour+fps`` chooses here; it holds one number of each in registers.
-MOST_FRAMES = 1 << 15
+MOST_FRAMES = 1 << 14
 
 # Numbers of a sequence in the table: first token, frames, rank, place of its basis, frames to choose, place of its
 # choice, first number of its weights' query or -1.
@@ -409,7 +409,8 @@ def contour_select(
                     _nearest[(len(sequences),)](order, table, index, BLOCK=1024, num_warps=4, **LAUNCH)
                 else:
                     held = power_of_2(longest, 32)
-                    warps = min(max(held // 1024, 1), 16)
+                    # With 16 warps ptxas, told maxnreg, takes more registers than an SM has.
+                    warps = min(max(held // 1024, 1), 8)
                     _furthest[(len(sequences),)](order, table, index, BLOCK=held, num_warps=warps, **LAUNCH)
     return index, out
 
