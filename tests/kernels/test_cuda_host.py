@@ -95,6 +95,19 @@ def test_gradient_equals_reference(case, dtype):
 
 
 @pytest.mark.skipif(SM >= 80, reason="bf16 exists from sm_80 on")
-def test_bf16_is_refused_on_sm_70():
+@pytest.mark.parametrize("op", sorted(set(select.OPERATORS) - {"position_remap"}))
+def test_bf16_is_refused_on_sm_70(op):
+    """Everything that computes says so; bytes are moved whatever they mean."""
+    case = next(
+        c for c in CASES if c.op == op and not any(w in c.name for w in ("none", "empty", "gather", "identity"))
+    )
     with pytest.raises(ValueError, match=r"bf16 needs sm_80 or newer, got sm_70"):
-        vidtok.ops.bipartite_match(torch.ones(1, 6, 8, dtype=torch.bfloat16), 1)
+        case.call(*case.make(Make(torch.bfloat16)))
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.op == "position_remap" or str(c) == "plan_apply-gather"], ids=str
+)
+def test_bf16_is_moved_everywhere(case):
+    args, kwargs = case.make(Make(torch.bfloat16))
+    assert_same(case, case.call(args, kwargs), reference(case, args, kwargs), torch.bfloat16)

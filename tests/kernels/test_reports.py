@@ -41,7 +41,7 @@ def test_each_backend_names_its_own(words, stored, error, said):
 
 def test_a_late_report_says_so(words):
     store(words, 1, 9, -1, 3)
-    with pytest.raises(IndexError, match="^an earlier call of plan_apply: expected anchor"):
+    with pytest.raises(IndexError, match=r"^an earlier call of plan_apply: expected anchor"):
         words.raise_pending(late=True)
 
 

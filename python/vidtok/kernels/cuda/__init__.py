@@ -115,8 +115,10 @@ def _device(index: int) -> _Device:
 
 
 def launch(x: Tensor) -> Launch:
-    """Stream, error words and SM for a call on the device of ``x``; raises what an earlier kernel reported."""
+    """Stream, error words and SM for a call that computes with ``x``; raises what an earlier kernel reported."""
     device = _device(x.get_device())
+    if device.sm < 80 and x.dtype is torch.bfloat16:
+        raise ValueError(f"bf16 needs sm_80 or newer, got sm_{device.sm}")
     if device.words.view[0]:
         device.words.raise_pending(late=True)
     stream = 0 if device.index < 0 else torch._C._cuda_getCurrentRawStream(device.index)

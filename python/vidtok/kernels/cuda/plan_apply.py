@@ -30,7 +30,7 @@ def plan_apply(x: Tensor, anchor: Tensor, member: Tensor | None, offset: Tensor 
     if x.stride(1) != 1:
         x = x.contiguous()
     out = x.new_empty(m, c)
-    on = launch(x)
+    on = launch(anchor if member is None else x)  # a gather moves bytes of any type
     status = extension().plan_apply(
         x.data_ptr(), out.data_ptr(), dtype, n, m, c, x.stride(0), pointer(anchor),
         pointer(member), pointer(offset), pointer(weight), nnz, *_choice(x, m, on.sm), *on,

@@ -42,7 +42,7 @@ def position_remap(
         return out
     refuse_long(max(n, m), "tokens")
     x = tensors[0]
-    on = launch(x)
+    on = launch(anchor)
     # Bytes move whatever their type; the tables know this operator by one name.
     knobs = tables.choose("cuda", "position_remap", on.sm, "float32", {"rows": m, "tensors": len(out), "bytes": row})
     status = extension().position_remap(pointer(anchor), n, m, flat, knobs["threads"], *on)
