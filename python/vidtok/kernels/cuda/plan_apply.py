@@ -12,9 +12,11 @@ from vidtok.kernels.cuda import DTYPE_CODE, DTYPE_NAME, check, extension, launch
 from vidtok.kernels.native.plan_apply import _members
 
 
-def _choice(x: Tensor, rows: int, sm: int) -> tuple[int, int]:
+def _choice(x: Tensor, rows: int, sm: int, gather: bool = False) -> tuple[int, int]:
     shape = {"rows": rows, "channels": x.shape[1], "itemsize": x.itemsize}
-    knobs = tables.choose("cuda", "plan_apply", sm, DTYPE_NAME[x.dtype], shape)
+    # Bytes move alike whatever they mean, also where bf16 cannot be computed with.
+    dtype = "float16" if gather and x.itemsize == 2 else DTYPE_NAME[x.dtype]
+    knobs = tables.choose("cuda", "plan_apply", sm, dtype, shape)
     return knobs["threads"], knobs["vectors"]
 
 
@@ -33,7 +35,7 @@ def plan_apply(x: Tensor, anchor: Tensor, member: Tensor | None, offset: Tensor 
     on = launch(anchor if member is None else x)  # a gather moves bytes of any type
     status = extension().plan_apply(
         x.data_ptr(), out.data_ptr(), dtype, n, m, c, x.stride(0), pointer(anchor),
-        pointer(member), pointer(offset), pointer(weight), nnz, *_choice(x, m, on.sm), *on,
+        pointer(member), pointer(offset), pointer(weight), nnz, *_choice(x, m, on.sm, member is None), *on,
     )  # fmt: skip
     check(status, "plan_apply", x)
     return out
