@@ -27,6 +27,8 @@ from bench.row import RESULTS, Row, commit, write
 
 ROUNDS = 25
 MOST_SETS = 64
+# Calls in one graph at least: the time that its launch takes is shared by them.
+CALLS = 16
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,12 +74,13 @@ class Side:
     def __init__(self, clock: Timer, provider: Provider, sets: list[Any]) -> None:
         self.clock, self.provider, self.sets = clock, provider, sets
         self.at = 0
-        self.graph = clock.replayer(lambda at: provider.run(sets[at]), len(sets))
+        self.calls = len(sets) * -(-CALLS // len(sets)) if clock.kind == "gpu" else len(sets)
+        self.graph = clock.replayer(lambda at: provider.run(sets[at % len(sets)]), self.calls)
 
     def replay(self) -> float:
         """Seconds of one call inside a graph."""
         assert self.graph is not None
-        return self.clock.seconds(self.graph) / len(self.sets)
+        return self.clock.seconds(self.graph) / self.calls
 
     def call(self) -> float:
         """Seconds from one eager call to its end, the host's share included."""
@@ -105,8 +108,12 @@ def measure(case: Case, dtype: torch.dtype, limits: GpuLimits, clock: Timer, sha
     for provider in list(providers):
         try:
             gate.check(case, provider, inputs, wanted)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            print(f"    torch.compile cannot: {str(error).splitlines()[0]}", flush=True)
+        except AssertionError:
+            raise
+        except Exception as error:
+            if provider is not case.compiled:
+                raise
+            print(f"    torch.compile cannot: {(str(error).splitlines() or [repr(error)])[0]}", flush=True)
             providers.remove(provider)
     del wanted
     with torch.no_grad():
@@ -114,7 +121,8 @@ def measure(case: Case, dtype: torch.dtype, limits: GpuLimits, clock: Timer, sha
         sides = [Side(clock, p, sets) for p in providers]
         launches = clock.launches(lambda: case.ours.run(inputs))
         syncs = clock.syncs(lambda: case.ours.run(inputs))
-        least = limits.seconds(case.passes(), dtype, launches)
+        work = case.passes()
+        least = limits.seconds(work, dtype, launches)
         samples: dict[str, dict[str, list[tuple[int, float]]]] = {"graph": {}, "call": {}}
         rounds = ROUNDS if clock.kind == "gpu" else 2  # a host's times say nothing
         gc.disable()
@@ -127,7 +135,7 @@ def measure(case: Case, dtype: torch.dtype, limits: GpuLimits, clock: Timer, sha
                         samples["graph"].setdefault(role, []).append((i, side.replay()))
         finally:
             gc.enable()
-    kind = limits.kind(case.passes(), dtype, launches)
+    kind = limits.kind(work, dtype, launches)
     rows = []
     for how in ("graph", "call"):
         # A side that cannot be captured is compared by what a call of it takes.
@@ -143,7 +151,7 @@ def measure(case: Case, dtype: torch.dtype, limits: GpuLimits, clock: Timer, sha
                 Row(
                     "time", "µs", case.operator, f"{case.name}, {NAMES[dtype]}", how, p.role,
                     p.label + ("" if captured else " (not captured)"), p20, p50, p80, rounds, least * 1e6, kind, over,
-                    speedups[p.role], sum(b for b, _ in case.passes()), sum(f for _, f in case.passes()),
+                    speedups[p.role], sum(b for b, _ in work), sum(f for _, f in work),
                     ", ".join(map(str, case.targets)) if mine else "",
                     _reached(case, over, p50, speedups) if mine else "", **shared,
                 )
@@ -216,6 +224,10 @@ def main(arguments: list[str] | None = None, log: Callable[[str], None] = print)
                 except AssertionError as error:
                     failed += 1
                     log(f"    GATE RED, nothing timed: {error}")
+                    continue
+                except Exception as error:
+                    failed += 1
+                    log(f"    FAILED, nothing timed: {type(error).__name__}: {error}")
                     continue
                 rows += new
                 write(rows, out)

@@ -36,8 +36,12 @@ class GpuTimer:
 
     def replayer(self, run: Run, sets: int) -> Callable[[], Any] | None:
         """Replays of ``run`` on every set in turn, as one graph; None when it cannot be captured."""
+        before = torch.cuda.current_stream()
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(before)
+        # A capture that fails leaves torch's allocator inside it: what waits for the GPU is not tried.
+        if self.syncs(lambda: run(0)):
+            return None
         try:
             with torch.cuda.stream(stream):
                 for _ in range(2):
@@ -50,7 +54,8 @@ class GpuTimer:
             with torch.cuda.graph(graph):
                 for at in range(sets):
                     kept.append(run(at))
-        except (RuntimeError, torch.AcceleratorError):
+        except RuntimeError:
+            torch.cuda.set_stream(before)  # torch leaves the stream of a failed capture current
             torch.cuda.synchronize()
             return None
 

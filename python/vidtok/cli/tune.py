@@ -29,12 +29,27 @@ def gpu_timer(replays: int = 11) -> Timer:
         torch.cuda.synchronize()
         return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:])]
 
+    def waits(call: Call) -> bool:
+        """Whether the call waits for the GPU; then it cannot be captured, and trying would harm torch's allocator."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return False
+
     def timer(call: Call) -> float:
         call()
+        if waits(call):
+            return statistics.median(between(call, replays))
         once = min(between(call, 3))
         calls = max(1, min(16, int(2e-4 / max(once, 1e-6))))
+        present = torch.cuda.current_stream()
         side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side.wait_stream(present)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(side):
@@ -44,6 +59,7 @@ def gpu_timer(replays: int = 11) -> Timer:
                 for _ in range(calls):
                     call()
         except RuntimeError:
+            torch.cuda.set_stream(present)  # torch leaves the stream of a failed capture current
             torch.cuda.synchronize()
             return statistics.median(between(call, replays))
         graph.replay()
