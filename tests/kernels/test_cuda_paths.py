@@ -143,11 +143,15 @@ def check_selection(got, span, keep) -> None:
     assert torch.equal(got.index, torch.cat(chosen))
 
 
+# A sequence of 260 tokens fits one block; sm_70's table may find its 96 KiB too few for it.
+FITS = 1 if SM >= 80 else 2
+
+
 @pytest.mark.parametrize(
     ("most", "call"),
     [
-        (1, lambda m: ops.bipartite_merge(m.exact(2, 197, 72), m.exact(2, 197, 64), 16, protected=1)),
-        (1, lambda m: ops.bipartite_merge(m.exact(1, 260, 72), m.exact(1, 2, 260, 32), 16)),
+        (FITS, lambda m: ops.bipartite_merge(m.exact(2, 197, 72), m.exact(2, 197, 64), 16, protected=1)),
+        (FITS, lambda m: ops.bipartite_merge(m.exact(1, 260, 72), m.exact(1, 2, 260, 32), 16)),
         (2, lambda m: ops.bipartite_merge(m.exact(2, 577, 72), m.exact(2, 577, 64), 16, protected=1)),
         (1, lambda m: ops.plan_apply(merged_plan(m, 400, 130), m.exact(400, 40))),
         (1, lambda m: ops.position_remap(merged_plan(m, 9, 4), *[m.exact(9) for _ in range(12)])),
