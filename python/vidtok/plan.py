@@ -415,9 +415,10 @@ class Plan:
         kept = torch.ones(total, dtype=torch.bool, device=device) if real is None else real.reshape(-1).bool().clone()
         if kept.shape[0] != total:
             _check.fail(f"real of {total} entries", str(list(kept.shape)))
-        kept[columns] = False
+        # An assignment would upload its value and wait for the GPU, which no capture allows.
+        kept.index_fill_(0, columns, False)
         anchors = columns[self.anchor.long()]
-        kept[anchors] = True
+        kept.index_fill_(0, anchors, True)
         slot = torch.full((total,), -1, dtype=torch.int64, device=device)
         slot[anchors] = torch.arange(self.num_out, device=device)
         position = compact(kept, None if after is None else sum(after))

@@ -74,7 +74,7 @@ def dtd(features: Tensor, grid_thw: GridLike, *, threshold: float, relative: boo
         drops += [0, *[int(h * w * threshold)] * (t - 1)][:t]
     dropped = ops.topk_select(similarity, drops, cu_seqlens=_common.offsets(frames, device))
     keep = torch.ones(sum(lengths), dtype=torch.bool, device=device)
-    keep[dropped] = False
+    keep.index_fill_(0, dropped, False)  # an assignment would upload the value and wait
     kept = [c for c in counts if c is not None]
     return _common.gather(compact(keep, sum(kept)), lengths, kept)
 

@@ -125,7 +125,7 @@ def _temporal(
     repeated = torch.repeat_interleave(torch.stack([first, step[own]]), copies, dim=1, output_size=total)
     member = repeated[0] + rank * repeated[1]
     dynamic = torch.ones(num_in, dtype=torch.bool, device=device)
-    dynamic[member] = False
+    dynamic.index_fill_(0, member, False)  # an assignment would upload the value and wait
     rest = compact(dynamic, num_in - total)
     offset = torch.zeros(index.shape[0] + rest.shape[0] + 1, dtype=torch.int32, device=device)
     offset[1:] = torch.cat([copies, torch.ones_like(rest)]).cumsum(0)
