@@ -11,5 +11,5 @@ platforms+=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64)
 python3 -m pip download -q --only-binary=:all: --no-deps --python-version "$version" --implementation cp "${platforms[@]}" \
   -d wheels pytest pytest-timeout pytest-xdist pytest-benchmark py-cpuinfo execnet pluggy iniconfig pygments packaging \
   hypothesis sortedcontainers attrs pybind11 matplotlib contourpy cycler fonttools kiwisolver pyparsing \
-  python-dateutil six pillow typer rich markdown-it-py mdurl shellingham click typing-extensions jinja2 markupsafe
+  python-dateutil six pillow typer rich markdown-it-py mdurl shellingham click typing-extensions jinja2 markupsafe setuptools
 du -sh wheels
