@@ -14,7 +14,8 @@ namespace vidtok::cuda {
 
 // Shared memory that one block of an SM may use.
 inline int64_t shared_limit(int sm) {
-  return 1024 * (sm >= 90 ? 227 : sm == 86 || sm == 89 ? 99 : sm >= 80 ? 163 : 96);
+  if (sm >= 120 || sm == 86 || sm == 89) return 99 * 1024;
+  return 1024 * (sm >= 90 ? 227 : sm >= 80 ? 163 : sm >= 75 ? 64 : 96);
 }
 
 // Registers of a block lie in this many at most, whatever the SM.

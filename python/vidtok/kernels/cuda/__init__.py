@@ -88,8 +88,11 @@ def obstacle(device: int | None) -> str | None:
         return "VIDTOK_CUDA_MODULE names a module compiled for the host, which takes CPU tensors only"
     sm = select.sm_of(device)
     major = sm // 10
-    # Machine code runs on its own major version from its minor version up; PTX on everything newer.
-    if any(major == s // 10 and s <= sm for s in info["sms"]) or any(p <= sm for p in info["ptx"]):
+    # Machine code runs on its own major version from its minor version up; PTX on everything newer, but launchers
+    # lay out shared memory for the GPU, and from sm_80 on kernels lay it out otherwise.
+    if any(major == s // 10 and s <= sm for s in info["sms"]):
+        return None
+    if any(p <= sm and (p >= 80) == (sm >= 80) for p in info["ptx"]):
         return None
     built = ", ".join(f"sm_{s}" for s in info["sms"])
     return f"GPU {device} is sm_{sm} and this build holds {built}: reinstall with VIDTOK_CUDA_ARCHS={sm}"
