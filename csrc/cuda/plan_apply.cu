@@ -15,12 +15,13 @@ __global__ void plan_apply_gather_kernel(const uint8_t* x, uint8_t* y, const int
   using Word = Bytes<BYTES>;
   const int64_t start = block() * (int64_t(threads()) * VECTORS), end = m * per_row;
   Word word[VECTORS];
+  const LineStart first(start, per_row);
   VIDTOK_UNROLL
   for (int v = 0; v < VECTORS; ++v) {
     const int step = v * threads() + thread();
     word[v] = Word{};
     if (start + step >= end) continue;
-    const LineAt at(start, per_row, step);
+    const LineAt at(first, step);
     const int64_t from = anchor[at.row];
     if (from >= 0 && from < n)
       word[v] = *reinterpret_cast<const Word*>(x + from * x_pitch + at.column * BYTES);
@@ -41,7 +42,7 @@ __global__ void plan_apply_merge_kernel(const T* x, T* y, const int32_t* member,
                                         int64_t x_stride, bool weigh_single, int32_t* error) {
   const int64_t start = block() * threads();
   if (start + thread() >= m * per_row) return;
-  const LineAt at(start, per_row, thread());
+  const LineAt at(LineStart(start, per_row), thread());
   int64_t begin = offset[at.row], end = offset[at.row + 1];
   const bool starts = at.row > 0 || begin == 0;
   if (!starts || begin < 0 || end < begin || end > nnz) {

@@ -51,7 +51,7 @@ __global__ void pool_packed_kernel(const T* x, T* y, const PoolGrid* grids, int6
                                    int per_row, int64_t x_stride) {
   const int64_t start = block() * threads();
   if (start + thread() >= num_out * per_row) return;
-  const LineAt at(start, per_row, thread());
+  const LineAt at(LineStart(start, per_row), thread());
   const PoolGrid g = pool_grid<&PoolGrid::out>(grids, videos, at.row);
   const PoolPlace place(at.row - g.out, g.oh, g.ow);
   const PoolWindow rows = pool_window(place.row, g.h, g.oh), columns = pool_window(place.column, g.w, g.ow);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(1024)
                                 int64_t x_stride) {
   const int64_t start = block() * threads();
   if (start + thread() >= num_in * per_row) return;
-  const LineAt at(start, per_row, thread());
+  const LineAt at(LineStart(start, per_row), thread());
   const PoolGrid g = pool_grid<&PoolGrid::in>(grids, videos, at.row);
   const PoolPlace place(at.row - g.in, g.h, g.w);
   const PoolWindow rows = pool_window(place.row, g.oh, g.h), columns = pool_window(place.column, g.ow, g.w);

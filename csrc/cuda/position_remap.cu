@@ -48,7 +48,7 @@ VIDTOK_DEVICE void remap(const RemapPiece& p, const int32_t* anchor, int64_t n, 
   using Word = Bytes<BYTES>;
   const int64_t start = (block() - p.first_block) * threads(), place = start + thread();
   if (place >= p.outer * m * p.per_row) return;
-  const LineAt at(start, p.per_row, thread());
+  const LineAt at(LineStart(start, p.per_row), thread());
   const int64_t outer = p.outer == 1 ? 0 : at.row / m;
   const int64_t from = anchor[at.row - outer * m];
   Word word{};

@@ -5,15 +5,23 @@
 
 namespace vidtok::cuda {
 
-// Access `start + step` of the line, as (row, column); start is the same for the block, step is below 2^31.
+// Access `start` of the line, which is the same for the block: what takes a long division is made once.
+struct LineStart {
+  int64_t row;
+  unsigned column, per_row;
+  VIDTOK_DEVICE LineStart(int64_t start, int accesses) : row(start / accesses), per_row(unsigned(accesses)) {
+    column = unsigned(start - row * accesses);
+  }
+};
+
+// Access `start + step` of the line, as (row, column); step is below 2^31.
 struct LineAt {
   int64_t row;
   int64_t column;
-  VIDTOK_DEVICE LineAt(int64_t start, int per_row, int step) {
-    const int64_t first = start / per_row;
-    const unsigned in_row = unsigned(start - first * per_row) + unsigned(step);
-    row = first + in_row / unsigned(per_row);
-    column = in_row % unsigned(per_row);
+  VIDTOK_DEVICE LineAt(const LineStart& start, int step) {
+    const unsigned in_row = start.column + unsigned(step), rows = in_row / start.per_row;
+    row = start.row + rows;
+    column = in_row - rows * start.per_row;
   }
 };
 
