@@ -1,9 +1,11 @@
 // Attention importance of keys, and the best of each group of spans. The keys are cut into splits of fixed length:
 //   sums     the largest logit and Σ exp(logit − it) of every split and query row;
 //   combine  those of whole rows, in the order of the splits;
-//   scores   of the spans' tokens, over heads and rows in order; then topk_select takes the best.
+//   scores   of the spans' tokens, over heads and rows in order; then topk_select takes the best, or several blocks
+//            do where a group holds many.
 // With few query rows the logits are kept between sums and scores: they are fewer bytes than the keys. With many,
 // shares computes them again and adds them up into one number per key; rows then pass in parts of fixed size.
+#include "cuda/attention_topk_many.h"
 #include "cuda/tile/atomic.h"
 #include "cuda/tile/logits.h"
 #include "cuda/tile/score.h"
@@ -265,13 +267,14 @@ __global__ void __launch_bounds__(kSumsThreads)
 }
 
 // Scores of the spans' tokens in the batch rows from batch0 on: from the logits of `rows` query rows, or, without
-// logits, from the table. place: the key of each token, and packed its score, in the order of the groups.
+// logits, from the table. place: the key of each token, and packed its score, in the order of the groups. With
+// many.count the high digits of the scores are counted.
 __global__ void attention_topk_scores_kernel(const float* logits, const RowShare* shares, const float* table,
                                              const int32_t* used, const int32_t* broken, const int64_t* span,
                                              int64_t spans, int64_t tokens, int64_t length, int64_t rows, int batch0,
-                                             int batches, bool use_max, float* score, float* packed, int32_t* place) {
-  const int64_t at = block() * threads() + thread();
-  if (at >= tokens) return;
+                                             int batches, bool use_max, float* score, float* packed, int32_t* place,
+                                             ManyGroups many) {
+  const int64_t at = smaller(block() * threads() + thread(), tokens - 1);
   int64_t low = 0, high = spans - 1;  // the last span that begins at or before the token
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;
@@ -282,32 +285,37 @@ __global__ void attention_topk_scores_kernel(const float* logits, const RowShare
   }
   const int64_t* const one = span + low * 5;
   const int64_t row = one[0], key = one[1] + (at - one[3]), behind = one[4] + (at - one[3]);
-  if (row < batch0 || row >= batch0 + batches) return;
+  const bool mine = block() * threads() + thread() < tokens && row >= batch0 && row < batch0 + batches;
   float out = 0.0f;
-  if (logits == nullptr) {
-    out = table[row * length + key];
-  } else {
-    constexpr int kAtOnce = 8;
-    const RowShare* const of = shares + (row - batch0) * rows;
-    const float* const from = logits + (row - batch0) * rows * length + key;
-    for (int64_t r = 0; r < rows; r += kAtOnce) {
-      float x[kAtOnce];
-      VIDTOK_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) x[i] = r + i < rows ? from[(r + i) * length] : 0.0f;
-      VIDTOK_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (r + i >= rows) continue;
-        const float share = exp_not_above_0(x[i] - of[r + i].top) * of[r + i].inverse;
-        out = use_max ? larger(out, share) : out + share;
+  if (mine) {
+    if (logits == nullptr) {
+      out = table[row * length + key];
+    } else {
+      constexpr int kAtOnce = 8;
+      const RowShare* const of = shares + (row - batch0) * rows;
+      const float* const from = logits + (row - batch0) * rows * length + key;
+      for (int64_t r = 0; r < rows; r += kAtOnce) {
+        float x[kAtOnce];
+        VIDTOK_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) x[i] = r + i < rows ? from[(r + i) * length] : 0.0f;
+        VIDTOK_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (r + i >= rows) continue;
+          const float share = exp_not_above_0(x[i] - of[r + i].top) * of[r + i].inverse;
+          out = use_max ? larger(out, share) : out + share;
+        }
       }
     }
+    if (!use_max) out /= float(larger(used[row], 1));
+    if (broken[row] != 0) out = bits_as<float>(0x7fc00000u);
+    out = round_16_bits(out);
+    score[at] = out;
+    place[behind] = int32_t(key);
+    if (packed != nullptr) packed[behind] = out;
   }
-  if (!use_max) out /= float(larger(used[row], 1));
-  if (broken[row] != 0) out = bits_as<float>(0x7fc00000u);
-  out = round_16_bits(out);
-  score[at] = out;
-  place[behind] = int32_t(key);
-  if (packed != nullptr) packed[behind] = out;
+  if (many.count == nullptr) return;
+  const int64_t group = many.of(behind);
+  count_digit(many.count, mine, group * (2 * kDigitBins) + (score_key(out) >> kLowBits));
 }
 
 }  // namespace vidtok::cuda
@@ -327,13 +335,18 @@ namespace {
 constexpr int64_t kSumsBytes = int64_t(64) << 20, kPartBytes = int64_t(256) << 20;
 constexpr int kThreads = 256;
 
+// Whether several blocks select from a group.
+bool many_tokens(const AttentionTopkArgs& a) {
+  return a.tokens >= kManyTokens * a.groups && a.tokens <= kMostTokens && a.groups > 0;
+}
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Workspace {
   SplitSum* sums;
   RowShare* shares;
   float *logits, *table, *packed;
-  int32_t *used, *place;
+  int32_t *used, *digits, *place;
   int64_t bytes;
   int64_t splits, at_once, batches;  // splits; query rows of a head and batch rows that are there together
   bool kept;
@@ -362,6 +375,7 @@ Workspace divided(const AttentionTopkArgs& a, const AttentionTopkChoice& choice,
   take(w.logits, w.kept ? together * a.length : 0);
   take(w.table, w.kept ? 0 : a.batch * a.length);
   take(w.used, 2 * a.batch);
+  take(w.digits, a.tokens <= kMostTokens ? a.tokens / kManyTokens * (2 * kDigitBins) : 0);
   take(w.place, a.tokens);
   take(w.packed, a.ordered ? 0 : a.tokens);
   return w;
@@ -408,8 +422,12 @@ Status part_of(const AttentionTopkArgs& a, const Workspace& w, const AttentionTo
 }
 
 template <class T>
-Status scores_of(const AttentionTopkArgs& a, const Workspace& w, const AttentionTopkChoice& choice, const Launch& on) {
-  Status status = clear(w.used, 0, 2 * a.batch * 4, on);
+Status scores_of(const AttentionTopkArgs& a, const Workspace& w, int select_threads, const AttentionTopkChoice& choice,
+                 const Launch& on) {
+  const ManyGroups many{a.group, a.groups, a.keep, a.keep_start, many_tokens(a) ? w.digits : nullptr};
+  // The counts of digits lie behind those of rows.
+  const int32_t* const end = many.count != nullptr ? many.count + a.groups * (2 * kDigitBins) : w.used + 2 * a.batch;
+  Status status = clear(w.used, 0, (end - w.used) * 4, on);
   const auto bits = reinterpret_cast<uintptr_t>(a.query) | reinterpret_cast<uintptr_t>(a.key) |
                     uintptr_t((a.dim | a.key_row | a.key_head | a.key_batch) * size_of(a.dtype));
   AttentionPart<T> part{};
@@ -429,10 +447,18 @@ Status scores_of(const AttentionTopkArgs& a, const Workspace& w, const Attention
     if (status != Status::ok) return status;
     status = VIDTOK_LAUNCH(attention_topk_scores_kernel, ceil_div(a.tokens, kThreads), kThreads, 0, on, w.logits,
                            w.shares, w.table, w.used, w.used + a.batch, a.span, a.spans, a.tokens, a.length,
-                           a.q_heads * a.width, part.batch0, part.batches, a.use_max, a.score, w.packed, w.place);
+                           a.q_heads * a.width, part.batch0, part.batches, a.use_max, a.score, w.packed, w.place, many);
     if (status != Status::ok) return status;
   }
-  return status;
+  const float* const score = w.packed != nullptr ? w.packed : a.score;
+  if (many.count == nullptr)
+    return topk_select({score, DType::f32, a.tokens, a.group, a.groups, a.keep, a.keep_start, w.place, a.index},
+                       {select_threads}, on);
+  const int64_t parts = a.tokens / kManyPart + a.groups, shared = carved<int32_t>(kWarp + 2);
+  status = VIDTOK_LAUNCH(attention_topk_low_kernel, parts, kManyThreads, shared, on, many, score);
+  if (status != Status::ok) return status;
+  return VIDTOK_LAUNCH(attention_topk_write_kernel, parts, kManyThreads, shared + carved<int64_t>(kWarp), on, many,
+                       score, w.place, a.index);
 }
 
 }  // namespace
@@ -444,25 +470,16 @@ int64_t attention_topk_workspace(const AttentionTopkArgs& a, const AttentionTopk
 Status attention_topk(const AttentionTopkArgs& a, void* workspace, int select_threads,
                       const AttentionTopkChoice& choice, const Launch& on) {
   const Workspace w = divided(a, choice, static_cast<unsigned char*>(workspace));
-  Status status = Status::ok;
   switch (a.dtype) {
     case DType::f32:
-      status = scores_of<float>(a, w, choice, on);
-      break;
+      return scores_of<float>(a, w, select_threads, choice, on);
     case DType::bf16:
       if (on.sm < 80) return fail(Status::value, "bf16 needs sm_80 or newer, got sm_%d", on.sm);
-      status = scores_of<bf16>(a, w, choice, on);
-      break;
+      return scores_of<bf16>(a, w, select_threads, choice, on);
     case DType::f16:
-      status = scores_of<f16>(a, w, choice, on);
-      break;
-    default:
-      return fail(Status::value, "expected fp32, bf16 or fp16, got dtype %d", int(a.dtype));
+      return scores_of<f16>(a, w, select_threads, choice, on);
   }
-  if (status != Status::ok) return status;
-  return topk_select({w.packed != nullptr ? w.packed : a.score, DType::f32, a.tokens, a.group, a.groups, a.keep,
-                      a.keep_start, w.place, a.index},
-                     {select_threads}, on);
+  return fail(Status::value, "expected fp32, bf16 or fp16, got dtype %d", int(a.dtype));
 }
 
 }  // namespace vidtok::cuda

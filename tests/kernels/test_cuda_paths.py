@@ -55,6 +55,20 @@ CASES = [
         False,
     ),
     case(
+        "attention_topk",
+        "9000 keys",
+        lambda m: ((m.exact(1, 4, 1, 8), m.exact(1, 1, 9000, 8), 4100), {"span": [(0, 30, 9000)]}),
+        {"length": 9000, "q_heads": 4, "kv_heads": 1, "dim": 8, "rows": 1},
+        False,
+    ),
+    case(
+        "attention_topk",
+        "two rows of 9000 keys",
+        lambda m: ((m.exact(2, 2, 1, 8), m.exact(2, 1, 9000, 8), 9), {"span": [(0, 0, 9000), (1, 7, 8900)]}),
+        {"length": 9000, "q_heads": 2, "kv_heads": 1, "dim": 8, "rows": 1},
+        False,
+    ),
+    case(
         "cluster_dpc_knn",
         "segments of 150, 0, 60 and 200",
         lambda m: (
