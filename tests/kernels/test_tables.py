@@ -398,3 +398,15 @@ def test_imports_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": "python"}
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_shapes_of_one_line_are_answered_by_one_look(monkeypatch):
+    """The model may take a millisecond; counts that depend on data differ from call to call."""
+    asked, original = [], tables.entry
+    monkeypatch.setattr(tables, "entry", lambda *a: asked.append(a) or original(*a))
+    tables._chosen.clear()
+    first = {"segments": 40, "longest": 196, "channels": 3584}
+    shapes = [{**first, "longest": n} for n in range(190, 256)]
+    got = [tables.choose("cuda", "cluster_dpc_knn", 90, "bfloat16", shape) for shape in shapes]
+    assert len(asked) == 1
+    assert got == [original("cuda", "cluster_dpc_knn", 90, "bfloat16", shape).knobs for shape in shapes]

@@ -112,7 +112,7 @@ def measure(
         tasks: in order of importance; each has an even share of the time that is left.
         sm: whose tables are tuned.
         source: written beside every line.
-        timer: seconds of one call; a RuntimeError rules the candidate out.
+        timer: seconds of one call; an error rules the candidate out.
         make: builds the call of an operator on a shape and dtype.
         seconds: for all tasks.
         keep_bits: leave the knobs that change bits as they are.
@@ -211,7 +211,7 @@ class _Run:
                 if not imposed.asked:
                     self.out.failed.append(f"{op}, {backend}, {dtypes[0]}, {dict(shape)}: the reference served it")
                     return []
-            except RuntimeError as error:
+            except Exception as error:  # Triton's errors are no RuntimeErrors
                 self.out.failed.append(f"{op}, {backend}, {candidate.knobs}: {short(error)}")
         if len(out) > 2:
             rank = spearman([s.modelled for s in out], [s.measured for s in out])
