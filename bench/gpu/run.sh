@@ -13,7 +13,7 @@ site=$PWD/build/gpu-site
 if compgen -G "bench/gpu/wheels/*.whl" >/dev/null && [ ! -d "$site" ]; then
   "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" bench/gpu/wheels/*.whl
 fi
-export PYTHONPATH=$PWD/python:$PWD:$site PYTHONUNBUFFERED=1 PATH=$site/bin:$PATH
+export PYTHONPATH=$PWD/python:$PWD:$site PYTHONUNBUFFERED=1 PATH=$site/bin:$PATH:/usr/local/cuda/bin
 dry=()
 if [ -n "${DRY:-}" ]; then
   export VIDTOK_GPU_TESTS=cpu TRITON_INTERPRET=1
