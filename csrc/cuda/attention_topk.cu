@@ -63,8 +63,10 @@ struct alignas(8) RowShare {
 
 template <class T, int NR>
 __global__ void __launch_bounds__(kSumsThreads, kSumsBlocks<NR>)
-    attention_topk_sums_kernel(AttentionPart<T> part, SplitSum* sums, float* logits) {
+    attention_topk_sums_kernel(AttentionPart<T> part, SplitSum* sums, float* logits, int32_t* counts, int64_t zeros) {
   using Tile = LogitTile<T, NR>;
+  // What the kernels after this one count in.
+  for (int64_t i = block() * threads() + thread(); i < zeros; i += blocks() * threads()) counts[i] = 0;
   VIDTOK_SMEM(shared);
   const int tile_keys = warps() * kKeysPerWarp;
   unsigned char* const stages = shared.take<unsigned char>(part.stages * ((tile_keys + Tile::kRows) * Tile::kPitch));
@@ -389,22 +391,23 @@ int stages_of(int warps, int rows, const Launch& on) {
 }
 
 template <class T, int NR>
-Status sums_of(const AttentionTopkArgs& a, const Workspace& w, AttentionPart<T> part, int warps, const Launch& on) {
+Status sums_of(const AttentionTopkArgs& a, const Workspace& w, AttentionPart<T> part, int warps, int64_t zeros,
+               const Launch& on) {
   part.stages = stages_of(warps, 8 * NR, on);
   const int64_t row_tiles = ceil_div(a.q_heads / a.kv_heads * part.at_once, 8 * NR);
   const int64_t shared =
       carved<unsigned char>(part.stages * logit_stage(warps, 8 * NR)) + carved<float>(2 * warps * 8 * NR);
   return VIDTOK_LAUNCH((attention_topk_sums_kernel<T, NR>), part.batches * a.kv_heads * w.splits * row_tiles,
-                       warps * kWarp, shared, on, part, w.sums, w.logits);
+                       warps * kWarp, shared, on, part, w.sums, w.logits, w.used, zeros);
 }
 
 template <class T>
 Status part_of(const AttentionTopkArgs& a, const Workspace& w, const AttentionTopkChoice& choice, AttentionPart<T> part,
-               const Launch& on) {
+               int64_t zeros, const Launch& on) {
   const int64_t of_key = a.q_heads / a.kv_heads * part.at_once, of_batch = a.q_heads * part.at_once;
-  Status status = of_key <= 8    ? sums_of<T, 1>(a, w, part, choice.warps, on)
-                  : of_key <= 16 ? sums_of<T, 2>(a, w, part, choice.warps, on)
-                                 : sums_of<T, 4>(a, w, part, choice.warps, on);
+  Status status = of_key <= 8    ? sums_of<T, 1>(a, w, part, choice.warps, zeros, on)
+                  : of_key <= 16 ? sums_of<T, 2>(a, w, part, choice.warps, zeros, on)
+                                 : sums_of<T, 4>(a, w, part, choice.warps, zeros, on);
   if (status != Status::ok) return status;
   constexpr int kCombineThreads = 128;
   const int64_t rows = part.batches * of_batch;
@@ -425,9 +428,7 @@ template <class T>
 Status scores_of(const AttentionTopkArgs& a, const Workspace& w, int select_threads, const AttentionTopkChoice& choice,
                  const Launch& on) {
   const ManyGroups many{a.group, a.groups, a.keep, a.keep_start, many_tokens(a) ? w.digits : nullptr};
-  // The counts of digits lie behind those of rows.
-  const int32_t* const end = many.count != nullptr ? many.count + a.groups * (2 * kDigitBins) : w.used + 2 * a.batch;
-  Status status = clear(w.used, 0, (end - w.used) * 4, on);
+  Status status = Status::ok;
   const auto bits = reinterpret_cast<uintptr_t>(a.query) | reinterpret_cast<uintptr_t>(a.key) |
                     uintptr_t((a.dim | a.key_row | a.key_head | a.key_batch) * size_of(a.dtype));
   AttentionPart<T> part{};
@@ -442,7 +443,10 @@ Status scores_of(const AttentionTopkArgs& a, const Workspace& w, int select_thre
     part.batch0 = int(b), part.batches = int(a.batch - b < w.batches ? a.batch - b : w.batches);
     for (int64_t row = 0; row < a.width && status == Status::ok; row += w.at_once) {
       part.first_row = int(row), part.at_once = int(a.width - row < w.at_once ? a.width - row : w.at_once);
-      status = part_of<T>(a, w, choice, part, on);
+      // The first part clears the counts; those of digits lie behind those of rows.
+      const int32_t* const end =
+          many.count != nullptr ? many.count + a.groups * (2 * kDigitBins) : w.used + 2 * a.batch;
+      status = part_of<T>(a, w, choice, part, b == 0 && row == 0 ? end - w.used : 0, on);
     }
     if (status != Status::ok) return status;
     status = VIDTOK_LAUNCH(attention_topk_scores_kernel, ceil_div(a.tokens, kThreads), kThreads, 0, on, w.logits,
