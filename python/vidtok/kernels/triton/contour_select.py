@@ -157,12 +157,13 @@ def _measure(
         covariance = tl.dot(weighted, value, covariance, input_precision="ieee", out_dtype=tl.float64)
     diagonal = r[:, None] == r[None, :]
     trace = tl.sum(tl.sum(tl.where(diagonal, covariance, 0.0), axis=1), axis=0)
-    spread = trace > LEAST_SPREAD * tl.sum(energies, axis=0)
+    # Constants stand behind tensors: the interpreter of Triton 3.7 takes a constant in front for the whole product.
+    spread = trace > tl.sum(energies, axis=0) * LEAST_SPREAD
     known = tl.where(spread, rank, 0)
     known = (r[:, None] < known) & (r[None, :] < known)
     one = tl.where(diagonal, 1.0, 0.0).to(tl.float64)
     # Columns beyond the rank, and all where the frames are equal, are those of the identity.
-    left = (1.0 - SHRINKAGE) * covariance + one * (SHRINKAGE * trace / tl.maximum(rank, 1).to(tl.float64))
+    left = covariance * (1.0 - SHRINKAGE) + one * (trace * SHRINKAGE / tl.maximum(rank, 1).to(tl.float64))
     left = tl.where(known, left, one)
     inverse = one
     # Gaussian elimination of [Σ | 1]: the rows become L's transpose and the inverse of L.
