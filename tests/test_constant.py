@@ -51,6 +51,12 @@ def test_a_capture_waits_for_nothing_and_keeps_the_list(gpu):
     assert gpu.stream.waited == [] and _constant._captured == [gpu.tensor]
 
 
+def test_what_a_capture_reads_of_a_cache_is_kept(gpu):
+    assert _constant.held("plan") == "plan" and _constant._captured == []
+    gpu.capturing = True
+    assert _constant.held("plan") == "plan" and _constant._captured == ["plan"]
+
+
 def test_a_first_upload_inside_a_capture_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="before the capture of a CUDA graph, got none"):

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 # Lists that a captured CUDA graph reads must outlive the cache.
-_captured: list[Tensor] = []
+_captured: list[Any] = []
+
+
+def held(value: Any) -> Any:
+    """``value`` itself, out of a cache of what lies on a GPU; for good where a CUDA graph being captured reads it."""
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(value)
+    return value
 
 
 class _Uploaded:
@@ -46,14 +53,14 @@ def shared(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
 
     It is uploaded once, so that later calls neither wait for the GPU nor stand in the way of a graph's capture.
     """
-    held = _upload(tuple(values), dtype, device)
+    found = _upload(tuple(values), dtype, device)
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             # A capture begins after a synchronisation, and may not wait for what was recorded outside it.
-            _captured.append(held.tensor)
-        elif torch._C._cuda_getCurrentRawStream(device.index) not in held.streams:
-            held.follow(torch.cuda.current_stream(device))
-    return held.tensor
+            _captured.append(found.tensor)
+        elif torch._C._cuda_getCurrentRawStream(device.index) not in found.streams:
+            found.follow(torch.cuda.current_stream(device))
+    return found.tensor
 
 
 def constant(values: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

@@ -80,7 +80,13 @@ def test_two_tome_blocks(backend, device, dtype):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("uniform", {"ratio": 0.25}), ("evs", {"ratio": 0.5}), ("tome", {"ratio": 0.5}), ("pool", {"level": 2})],
+    [
+        ("uniform", {"ratio": 0.25}),
+        ("random", {"ratio": 0.25}),
+        ("evs", {"ratio": 0.5}),
+        ("tome", {"ratio": 0.5}),
+        ("pool", {"level": 2}),
+    ],
 )
 def test_a_reduction_at_the_language_models_input(backend, device, name, options):
     n, length = 4 * 196, 900

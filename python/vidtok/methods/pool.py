@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from vidtok._constant import held
 from vidtok.methods import _common
 from vidtok.methods._common import Grid, GridLike, Method
 from vidtok.plan import Plan
@@ -64,7 +65,8 @@ def _frame(h: int, w: int, oh: int, ow: int) -> tuple[Tensor, Tensor, Tensor, Te
 def _video(grid: Grid, target: Grid, device: torch.device) -> Plan:
     """The plan of one video; the same one again on a GPU, where it would have to be uploaded."""
     if device.type == "cuda" and not torch.compiler.is_compiling():
-        return _kept_video(grid, target, device)
+        kept: Plan = held(_kept_video(grid, target, device))
+        return kept
     return _make_video(grid, target, device)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
+from vidtok._constant import held
 from vidtok.methods import _common
 from vidtok.methods._common import Grid, GridLike, Method
 from vidtok.methods.uniform import check as check_share
@@ -54,12 +58,25 @@ def random(
     features, videos = _common.inputs(features, grid_thw)
     lengths = [_common.tokens(g) for g in videos]
     kept = [count(g, ratio, k) for g in videos]
+    if features.is_cuda and not torch.compiler.is_compiling():
+        return _common.gather(held(_drawn_once(tuple(lengths), tuple(kept), seed, features.device)), lengths, kept)
+    return _common.gather(_drawn(lengths, kept, seed).to(features.device), lengths, kept)
+
+
+def _drawn(lengths: Sequence[int], kept: Sequence[int], seed: int) -> Tensor:
+    """Packed indices of the tokens kept, on the CPU."""
     parts, base = [torch.zeros(0, dtype=torch.int64)], 0
     for n, m in zip(lengths, kept):
         generator = torch.Generator("cpu").manual_seed(seed)
         parts.append(torch.randperm(n, generator=generator)[:m].sort().values + base)
         base += n
-    return _common.gather(torch.cat(parts).to(features.device), lengths, kept)
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=64)
+def _drawn_once(lengths: tuple[int, ...], kept: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    """The same on a GPU, where each call would have to upload them and wait."""
+    return _drawn(lengths, kept, seed).to(device)
 
 
 METHOD = Method(

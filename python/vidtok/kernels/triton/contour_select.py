@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidtok._constant import held
 from vidtok.kernels.native import DTYPE_CODE
 from vidtok.kernels.reference import contour_select as reference
 from vidtok.kernels.reference._numerics import bounds, round_bits
@@ -445,6 +446,8 @@ def _distances(
     n, c = x.shape
     ranks = tuple(sorted({sequences[i].rank for i in group if sequences[i].rank}))
     basis = _bases(c, ranks, columns, seed, x.device)
+    if x.is_cuda:
+        held(basis)
     table = _table(x, sequences, {r: i * c * columns for i, r in enumerate(ranks)})
     tiles = _tiles(x, sequences, group)
     if tiles.numel() == 0:
