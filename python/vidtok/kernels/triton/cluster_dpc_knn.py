@@ -554,7 +554,9 @@ def cluster_dpc_knn(x: Tensor, num_clusters: Tensor, k: int, cu_seqlens: Tensor 
             _gram[(tiles,)](x, norm, table, factor, distance, segments, *sizes, SEARCH=search, **blocks)
             _density[(n,)](distance, table, segment, unit, density, largest, k, **rows)
         # Sweeps hold more beside a tile than the Gram matrix does, and fp32 products more than those of tensor cores.
-        sweep = {**blocks, "TILE": min(tile, 32 if x.dtype == torch.float32 else 64)}
+        sweep = {**blocks, "TILE": min(tile, 64)}
+        if x.dtype == torch.float32:
+            sweep |= {"TILE": 32, "DEPTH": 32, "num_warps": 8}  # any other spills registers
         tokens, sweeps = (x, norm, table, segment, factor), (ceil_div(n, sweep["TILE"]),)
         if swept:
             kept = power_of_2(min(k, longest), 16)

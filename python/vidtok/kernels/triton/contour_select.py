@@ -498,4 +498,5 @@ def specimens() -> list[Specimen]:
     signature = {"order": "*i32", "table": "*i64", "index": "*i64"}
     out.append(Specimen("nearest", _nearest, signature, {"BLOCK": 1024}))
     out.append(Specimen("furthest", _furthest, signature, {"BLOCK": 4096}))
+    out.append(Specimen("furthest of 16384", _furthest, signature, {"BLOCK": 16384}, 8))
     return out
