@@ -12,10 +12,11 @@ ROWS, CHANNELS = 655_360, 3_584  # 2.35e9 elements
 NEEDED = 14 << 30
 
 
+pytestmark = pytest.mark.skipif(torch.cuda.mem_get_info()[0] < NEEDED, reason="needs 14 GiB of free GPU memory")
+
+
 @pytest.fixture(scope="module")
 def x(device):
-    if torch.cuda.mem_get_info()[0] < NEEDED:
-        pytest.skip("needs 14 GiB of free GPU memory")
     t = torch.empty(ROWS, CHANNELS, dtype=torch.bfloat16, device=device)
     t[:, :] = torch.arange(ROWS, device=device)[:, None] % 251
     t[:, 0] = 1
