@@ -71,3 +71,9 @@ def cu_seqlens(cu: Tensor, total: int, name: str = "cu_seqlens") -> Tensor:
             shown = values if len(values) <= 12 else [*values[:6], "...", *values[-3:]]
             fail(f"{name} that start at 0, never fall and end at {total}", str(shown))
     return contiguous(cu if cu.dtype == torch.int32 else cu.to(torch.int32))
+
+
+def below_2_31(count: int, what: str) -> None:
+    """Refuse more than int32 indices can name."""
+    if count >= 2**31:
+        raise ValueError(f"expected fewer than 2147483648 {what}, got {count}")

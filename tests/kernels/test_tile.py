@@ -45,7 +45,7 @@ def test_mma_as_ptx_defines_it(dtype):
     a_words, b_words = torch.empty(32, 4, dtype=torch.int32), torch.empty(32, 2, dtype=torch.int32)
     d = torch.empty(32, 4)
     status = cuda.extension().run_mma(
-        dtype is torch.bfloat16, *(t.data_ptr() for t in (a, b, c, a_words, b_words, d)), *cuda.launch(a)
+        dtype is torch.bfloat16, *(t.data_ptr() for t in (a, b, c, a_words, b_words, d)), *cuda.launch(c)
     )
     cuda.check(status, "mma", a)
     product = a.double() @ b.double().T

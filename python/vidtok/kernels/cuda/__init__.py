@@ -29,7 +29,6 @@ __all__ = [
     "launch",
     "obstacle",
     "pointer",
-    "refuse_long",
     "workspace",
 ]
 
@@ -138,12 +137,6 @@ def check(status: int, operator: str, x: Tensor) -> None:
 
 
 reports.register(0, lambda code: extension().report_name(code))
-
-
-def refuse_long(count: int, what: str) -> None:
-    """Raise where int32 indices cannot name so many rows."""
-    if count > 2**31 - 1:
-        raise ValueError(f"expected fewer than 2147483648 {what}, got {count}")
 
 
 def workspace(x: Tensor, nbytes: int) -> Tensor | None:

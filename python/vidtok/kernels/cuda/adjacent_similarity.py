@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidtok import _check
 from vidtok.kernels import tables
 from vidtok.kernels.cuda import DTYPE_CODE, DTYPE_NAME, check, device_list, extension, launch, pointer
 from vidtok.kernels.reference.adjacent_similarity import MODES, window_slots
@@ -83,8 +84,7 @@ def adjacent_similarity(
     n, c = x.shape
     if dtype is None or (mode == _WINDOW and c > _WIDEST):
         return NotImplemented
-    if n > 2**31 - 1:
-        raise ValueError(f"expected fewer than 2147483648 tokens, got {n}")
+    _check.below_2_31(n, "tokens")
     if len(grid.shape) != 2 or grid.shape[1] != 3:
         raise IndexError(f"expected grid of shape [V, 3], got {list(grid.shape)}")
     if x.stride(1) != 1:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidtok import _check
 from vidtok.kernels import tables
 from vidtok.kernels.cuda import DTYPE_CODE, DTYPE_NAME, check, device_list, extension, launch, pointer, workspace
 from vidtok.kernels.reference._numerics import bounds
@@ -101,8 +102,7 @@ def _call(
         cu_out = torch.tensor(outputs, dtype=_INT).to(metric.device, non_blocking=True)
         if cu_seqlens.device != metric.device:
             cu_seqlens = device_list([0, *(stop for _, stop in ranges)], metric, _INT)
-    if n >= 2**31:
-        raise ValueError(f"expected fewer than 2147483648 tokens, got {n}")
+    _check.below_2_31(n, "tokens")
     if heads < 1:
         return NotImplemented
     cu_in = empty(batch + 1, dtype=_INT)

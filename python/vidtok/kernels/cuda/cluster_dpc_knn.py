@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidtok import _check
 from vidtok.kernels import tables
 from vidtok.kernels.cuda import DTYPE_CODE, DTYPE_NAME, check, device_list, extension, launch, pointer, workspace
 
@@ -32,8 +33,7 @@ def cluster_dpc_knn(x: Tensor, num_clusters: Tensor, k: int, cu_seqlens: Tensor 
     if dtype is None:
         return NotImplemented
     n, c = x.shape
-    if n >= 2**31:
-        raise ValueError(f"expected fewer than {2**31} tokens, got {n}")
+    _check.below_2_31(n, "tokens")
     segments = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     counts = num_clusters.shape[0]
     if num_center < 0:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidtok import _check
 from vidtok.kernels import tables
 from vidtok.kernels.cuda import DTYPE_CODE, DTYPE_NAME, check, device_list, extension, launch, pointer, workspace
 from vidtok.kernels.native.contour_select import _basis
@@ -47,8 +48,7 @@ def contour_select(
         return NotImplemented
     n, c = x.shape
     spans = bounds(cu_seqlens, n)
-    if n > 2**31 - 1:
-        raise ValueError(f"expected fewer than 2147483648 frames, got {n}")
+    _check.below_2_31(n, "frames")
     budgets = num * len(spans) if len(num) == 1 else num
     if len(budgets) != len(spans):
         raise ValueError(f"expected num as one number or one for each of {len(spans)} sequences, got {len(num)}")

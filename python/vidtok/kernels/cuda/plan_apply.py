@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidtok import _check
 from vidtok.kernels import tables
-from vidtok.kernels.cuda import DTYPE_CODE, DTYPE_NAME, check, extension, launch, pointer, refuse_long, workspace
+from vidtok.kernels.cuda import DTYPE_CODE, DTYPE_NAME, check, extension, launch, pointer, workspace
 from vidtok.kernels.native.plan_apply import _members
 
 
@@ -28,7 +29,7 @@ def plan_apply(x: Tensor, anchor: Tensor, member: Tensor | None, offset: Tensor 
     n, c = x.shape
     m = anchor.shape[0]
     nnz = 0 if member is None else _members(m, member, offset, weight)
-    refuse_long(max(n, m, nnz), "rows")
+    _check.below_2_31(max(n, m, nnz), "rows")
     if x.stride(1) != 1:
         x = x.contiguous()
     out = x.new_empty(m, c)
@@ -52,7 +53,7 @@ def plan_apply_backward(
     if anchor.shape[0] != m:
         raise IndexError(f"expected anchor of {m} outputs, got {anchor.shape[0]}")
     nnz = 0 if member is None else _members(m, member, offset, weight)
-    refuse_long(max(num_in, m, nnz), "rows")
+    _check.below_2_31(max(num_in, m, nnz), "rows")
     if grad.stride(1) != 1:
         grad = grad.contiguous()
     out = grad.new_empty(num_in, c)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vidtok import _check
 from vidtok.kernels import tables
 from vidtok.kernels.cuda import DTYPE_CODE, DTYPE_NAME, Launch, check, device_list, extension, launch
 from vidtok.kernels.native.pool_packed import _grids
@@ -47,11 +48,6 @@ def _choice(x: Tensor, rows: int, on: Launch) -> tuple[int, int]:
     return knobs["threads"], knobs["vectors"]
 
 
-def _below_2_31(tokens: int) -> None:
-    if tokens > 2**31 - 1:
-        raise ValueError(f"expected fewer than 2147483648 tokens, got {tokens}")
-
-
 def pool_packed(x: Tensor, grid_in: Tensor, grid_out: Tensor, num_out: int) -> Any:
     """See :func:`vidtok.kernels.reference.pool_packed.pool_packed`."""
     dtype = DTYPE_CODE.get(x.dtype)
@@ -63,7 +59,7 @@ def pool_packed(x: Tensor, grid_in: Tensor, grid_out: Tensor, num_out: int) -> A
         x = x.contiguous()
     if num_out < 0:
         num_out = int(grid_out.prod(1).sum())
-    _below_2_31(n)
+    _check.below_2_31(n, "tokens")
     layout = _layout(_flat(grid_in), _flat(grid_out), n, num_out)
     if layout is None:
         return NotImplemented
@@ -87,7 +83,7 @@ def pool_packed_backward(grad: Tensor, grid_in: Tensor, grid_out: Tensor, num_in
     _grids(grid_in, grid_out)
     if grad.stride(1) != 1:
         grad = grad.contiguous()
-    _below_2_31(num_in)
+    _check.below_2_31(num_in, "tokens")
     layout = _layout(_flat(grid_in), _flat(grid_out), num_in, m)
     if layout is None:
         return NotImplemented

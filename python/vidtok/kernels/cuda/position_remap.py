@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidtok import _check
 from vidtok.kernels import tables
-from vidtok.kernels.cuda import check, extension, launch, pointer, refuse_long
+from vidtok.kernels.cuda import check, extension, launch, pointer
 from vidtok.kernels.native.position_remap import _bits
 from vidtok.kernels.reference.position_remap import result_shape
 
@@ -40,7 +41,7 @@ def position_remap(
         flat += (t.data_ptr(), y.data_ptr(), outer, inner, size, _bits(t.dtype, value) if value else 0)
     if not out:
         return out
-    refuse_long(max(n, m), "tokens")
+    _check.below_2_31(max(n, m), "tokens")
     x = tensors[0]
     on = launch(anchor)
     # Bytes move whatever their type; the tables know this operator by one name.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidtok import _check
 from vidtok.kernels import tables
 from vidtok.kernels.cuda import DTYPE_CODE, DTYPE_NAME, check, device_list, extension, launch, pointer
 
@@ -18,8 +19,7 @@ def topk_select(score: Tensor, keep: list[int], cu_seqlens: Tensor | None) -> An
     if dtype is None or (cu_seqlens is not None and cu_seqlens.dtype is not torch.int32):
         return NotImplemented
     n = score.shape[0]
-    if n >= 2**31:
-        raise ValueError(f"expected fewer than 2147483648 scores, got {n}")
+    _check.below_2_31(n, "scores")
     segments = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if min(keep, default=0) < 0 or max(keep, default=0) > n:
         raise ValueError(f"expected keep between 0 and {n}, got {keep}")

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidtok._check import below_2_31
 from vidtok.kernels import reports, select, tables
 from vidtok.kernels.cuda import device_list
 
@@ -70,12 +71,6 @@ def choice(op: str, x: Tensor, shape: dict[str, int]) -> dict[str, int]:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def below_2_31(n: int, what: str) -> None:
-    """Refuse counts that int32 cannot hold."""
-    if n >= 2**31:
-        raise ValueError(f"expected fewer than 2147483648 {what}, got {n}")
 
 
 def power_of_2(n: int, least: int = 1, most: int = 1 << 30) -> int:
