@@ -9,18 +9,11 @@ ReportName report_name(int code) {
       {"plan_apply", "member"},
       {"plan_apply", "offset"},
       {"position_remap", "anchor"},
-      {"pool_packed", "grid tokens"},
-      {"adjacent_similarity", "grid tokens"},
-      {"adjacent_similarity", "window frames"},
       {"adjacent_similarity", "cu_seqlens"},
       {"topk_select", "cu_seqlens"},
       {"topk_select", "keep"},
-      {"attention_topk", "span"},
-      {"attention_topk", "group"},
-      {"bipartite", "cu_seqlens"},
       {"cluster_dpc_knn", "cu_seqlens"},
       {"cluster_dpc_knn", "num_clusters"},
-      {"contour_select", "cu_seqlens"},
   };
   static_assert(sizeof kNames / sizeof kNames[0] == unsigned(Report::count), "one name per report");
   return code > 0 && code < int(Report::count) ? kNames[code] : ReportName{"an operator", "an index"};

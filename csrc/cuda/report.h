@@ -9,18 +9,11 @@ enum class Report : int {
   plan_apply_member,
   plan_apply_offset,
   position_remap_anchor,
-  pool_packed_grid,
-  adjacent_similarity_grid,
-  adjacent_similarity_window,
   adjacent_similarity_cu_seqlens,
   topk_select_cu_seqlens,
   topk_select_keep,
-  attention_topk_span,
-  attention_topk_group,
-  bipartite_cu_seqlens,
   cluster_dpc_knn_cu_seqlens,
   cluster_dpc_knn_num_clusters,
-  contour_select_cu_seqlens,
   count
 };
 

@@ -13,13 +13,11 @@ inline int32_t atomic_add(int32_t* p, int32_t x) {
 }
 inline void atomic_max(int32_t* p, int32_t x) { *p = *p < x ? x : *p; }
 inline void atomic_max(unsigned long long* p, unsigned long long x) { *p = *p < x ? x : *p; }
-inline void atomic_min(int32_t* p, int32_t x) { *p = x < *p ? x : *p; }
 inline void fence_system() {}
 #else
 VIDTOK_DEVICE int32_t atomic_add(int32_t* p, int32_t x) { return atomicAdd(p, x); }
 VIDTOK_DEVICE void atomic_max(int32_t* p, int32_t x) { atomicMax(p, x); }
 VIDTOK_DEVICE void atomic_max(unsigned long long* p, unsigned long long x) { atomicMax(p, x); }
-VIDTOK_DEVICE void atomic_min(int32_t* p, int32_t x) { atomicMin(p, x); }
 VIDTOK_DEVICE void fence_system() { __threadfence_system(); }
 #endif
 

@@ -28,17 +28,12 @@ template <class T>
 T shuffle_up(T x, int by, unsigned mask = kAllLanes, VIDTOK_SITE) {
   return host::shuffle(x, lane() < by ? lane() : lane() - by, mask, site_file, site_line);
 }
-template <class T>
-T shuffle_down(T x, int by, unsigned mask = kAllLanes, VIDTOK_SITE) {
-  return host::shuffle(x, lane() + by < kWarp ? lane() + by : lane(), mask, site_file, site_line);
-}
 inline unsigned ballot(bool x, unsigned mask = kAllLanes, VIDTOK_SITE) {
   return host::ballot(x, mask, site_file, site_line);
 }
 inline void warp_sync(unsigned mask = kAllLanes, VIDTOK_SITE) { host::warp_barrier(mask, site_file, site_line); }
 VIDTOK_DEVICE int popcount(unsigned x) { return __builtin_popcount(x); }
 VIDTOK_DEVICE int lowest_bit(unsigned x) { return __builtin_ffs(int(x)) - 1; }
-VIDTOK_DEVICE int leading_zeros(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
 #else
 template <class T>
 VIDTOK_DEVICE T shuffle(T x, int from, unsigned mask = kAllLanes) {
@@ -52,15 +47,10 @@ template <class T>
 VIDTOK_DEVICE T shuffle_up(T x, int by, unsigned mask = kAllLanes) {
   return __shfl_up_sync(mask, x, by);
 }
-template <class T>
-VIDTOK_DEVICE T shuffle_down(T x, int by, unsigned mask = kAllLanes) {
-  return __shfl_down_sync(mask, x, by);
-}
 VIDTOK_DEVICE unsigned ballot(bool x, unsigned mask = kAllLanes) { return __ballot_sync(mask, x); }
 VIDTOK_DEVICE void warp_sync(unsigned mask = kAllLanes) { __syncwarp(mask); }
 VIDTOK_DEVICE int popcount(unsigned x) { return __popc(x); }
 VIDTOK_DEVICE int lowest_bit(unsigned x) { return __ffs(int(x)) - 1; }
-VIDTOK_DEVICE int leading_zeros(unsigned x) { return __clz(int(x)); }
 #endif
 
 // Lanes below this one.

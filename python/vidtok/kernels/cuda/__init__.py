@@ -70,11 +70,6 @@ def extension() -> Any:
     return _load()[0]
 
 
-def on_host() -> bool:
-    """Whether the module is the kernels' host twin, which takes CPU tensors."""
-    return extension() is not None and bool(extension().build_info()["host"])
-
-
 def obstacle(device: int | None) -> str | None:
     """Why the module cannot serve a GPU (None: CPU tensors), or None."""
     module, why = _load()

@@ -48,51 +48,39 @@ def _choice(x: Tensor, rows: int, on: Launch) -> tuple[int, int]:
     return knobs["threads"], knobs["vectors"]
 
 
-def pool_packed(x: Tensor, grid_in: Tensor, grid_out: Tensor, num_out: int) -> Any:
-    """See :func:`vidtok.kernels.reference.pool_packed.pool_packed`."""
-    dtype = DTYPE_CODE.get(x.dtype)
-    if dtype is None:
-        return NotImplemented
-    n, c = x.shape
-    _grids(grid_in, grid_out)
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    if num_out < 0:
-        num_out = int(grid_out.prod(1).sum())
-    _check.below_2_31(n, "tokens")
-    layout = _layout(_flat(grid_in), _flat(grid_out), n, num_out)
+def _call(name: str, x: Tensor, grid_in: Tensor, grid_out: Tensor, num_in: int, num_out: int, rows: int) -> Any:
+    """One way or the other between ``num_in`` tokens of the unpooled grids and ``num_out``, to ``rows`` of them."""
+    _check.below_2_31(num_in, "tokens")
+    layout = _layout(_flat(grid_in), _flat(grid_out), num_in, num_out)
     if layout is None:
         return NotImplemented
-    out = x.new_empty(num_out, c)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    c = x.shape[1]
+    out = x.new_empty(rows, c)
     grids = device_list(layout, x)
     on = launch(x)
-    status = extension().pool_packed(
-        x.data_ptr(), out.data_ptr(), dtype, n, num_out, c, x.stride(0), grids.data_ptr(), len(layout) // 7,
-        *_choice(x, num_out, on), *on,
+    status = getattr(extension(), name)(
+        x.data_ptr(), out.data_ptr(), DTYPE_CODE[x.dtype], num_in, num_out, c, x.stride(0), grids.data_ptr(),
+        len(layout) // 7, *_choice(x, rows, on), *on,
     )  # fmt: skip
-    check(status, "pool_packed", x)
+    check(status, name, x)
     return out
+
+
+def pool_packed(x: Tensor, grid_in: Tensor, grid_out: Tensor, num_out: int) -> Any:
+    """See :func:`vidtok.kernels.reference.pool_packed.pool_packed`."""
+    if x.dtype not in DTYPE_CODE:
+        return NotImplemented
+    _grids(grid_in, grid_out)
+    if num_out < 0:
+        num_out = int(grid_out.prod(1).sum())
+    return _call("pool_packed", x, grid_in, grid_out, x.shape[0], num_out, num_out)
 
 
 def pool_packed_backward(grad: Tensor, grid_in: Tensor, grid_out: Tensor, num_in: int) -> Any:
     """See :func:`vidtok.kernels.reference.pool_packed.pool_packed_backward`."""
-    dtype = DTYPE_CODE.get(grad.dtype)
-    if dtype is None:
+    if grad.dtype not in DTYPE_CODE:
         return NotImplemented
-    m, c = grad.shape
     _grids(grid_in, grid_out)
-    if grad.stride(1) != 1:
-        grad = grad.contiguous()
-    _check.below_2_31(num_in, "tokens")
-    layout = _layout(_flat(grid_in), _flat(grid_out), num_in, m)
-    if layout is None:
-        return NotImplemented
-    out = grad.new_empty(num_in, c)
-    grids = device_list(layout, grad)
-    on = launch(grad)
-    status = extension().pool_packed_backward(
-        grad.data_ptr(), out.data_ptr(), dtype, num_in, m, c, grad.stride(0), grids.data_ptr(), len(layout) // 7,
-        *_choice(grad, num_in, on), *on,
-    )  # fmt: skip
-    check(status, "pool_packed_backward", grad)
-    return out
+    return _call("pool_packed_backward", grad, grid_in, grid_out, num_in, grad.shape[0], num_in)
