@@ -1,0 +1,1 @@
+"""Tiny random configs of the families that the hooks support, one file per family."""
