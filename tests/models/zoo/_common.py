@@ -109,6 +109,7 @@ def grid_batch(
     around: tuple[int, ...] = (),
     types: bool = True,
     over: int = 1,
+    order: int | None = None,
 ) -> dict[str, Tensor]:
     """Processor output of a family whose pixels are patches with ``*_grid_thw``.
 
@@ -126,6 +127,7 @@ def grid_batch(
         around: tokens before and after all frames of a video; empty for none.
         types: whether ``mm_token_type_ids`` are given.
         over: frames that become one token.
+        order: patches of the side of a block that lies together, when it is not ``merge``.
     """
     pixels: dict[str, list[Tensor]] = {"video": [], "image": []}
     grids: dict[str, list[list[int]]] = {"video": [], "image": []}
@@ -134,7 +136,9 @@ def grid_batch(
         g = torch.Generator().manual_seed(seed + i)
         row = [(w, 0) for w in words(3, g)]
         for j, (what, count, size) in enumerate(clips):
-            patches, (t, h, w) = patchify(clip(i, j, count if what == "video" else 1, size), patch, merge, temporal)
+            patches, (t, h, w) = patchify(
+                clip(i, j, count if what == "video" else 1, size), patch, order or merge, temporal
+            )
             pixels[what].append(patches)
             grids[what].append([t, h, w])
             per, kind = h * w // merge**2, 2 if what == "video" else 1
