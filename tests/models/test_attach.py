@@ -72,7 +72,7 @@ def test_bad_arguments(models):
     before = hooks(model)
     for options, message in (
         ({"visual": tiny.drop, "vision": "tome:r=8"}, "not available in this version"),
-        ({"visual": tiny.drop, "decoder": "uni_2_0.5"}, "not available in this version"),
+        ({"visual": tiny.drop, "decoder": "uni_2"}, "uni_2"),
         ({"visual": tiny.drop, "position": "first"}, "position"),
         ({}, "visual="),
     ):

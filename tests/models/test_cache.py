@@ -11,7 +11,7 @@ import torch
 import vidtok
 from tests.models import tiny
 from vidtok.models import cache as caches
-from vidtok.models.visual import VisualHook
+from vidtok.models.visual import InputHook
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 TEXT = torch.arange(20, 27)[None]
@@ -48,14 +48,14 @@ def test_static_cache_equals_dynamic(models, kind, rows):
 
 def test_static_masks_must_be_rebuilt(models, monkeypatch):
     model, inputs = models("qwen2_5_vl"), prompt("qwen2_5_vl", 3)
-    prefill = VisualHook._prefill
+    prefill = InputHook._prefill
 
     def masks_of_the_unreduced_prompt(self, call, arguments, *rest):
         changed = prefill(self, call, arguments, *rest)
         changed["attention_mask"] = arguments["attention_mask"]
         return changed
 
-    monkeypatch.setattr(VisualHook, "_prefill", masks_of_the_unreduced_prompt)
+    monkeypatch.setattr(InputHook, "_prefill", masks_of_the_unreduced_prompt)
     with vidtok.attach(model, visual=tiny.drop), pytest.raises((RuntimeError, ValueError, AttributeError)):
         tiny.generate(model, inputs, cache_implementation="static", disable_compile=True)
 
@@ -173,7 +173,7 @@ def test_decode_needs_the_mask_of_the_reduced_prompt(models, monkeypatch):
     model, inputs = models("qwen2_5_vl", "sdpa"), prompt("qwen2_5_vl", 3)
     with vidtok.attach(model, visual=tiny.drop):
         right, _ = tiny.generate(model, inputs, use_cache=False)
-        monkeypatch.setattr(VisualHook, "_continue", lambda *args: None)
+        monkeypatch.setattr(InputHook, "_continue", lambda *args: None)
         try:
             wrong, _ = tiny.generate(model, inputs)
         except (RuntimeError, ValueError, IndexError):

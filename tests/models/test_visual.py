@@ -8,7 +8,7 @@ import torch
 import vidtok
 from tests.models import tiny
 from vidtok import ops
-from vidtok.models.visual import VisualHook
+from vidtok.models.visual import InputHook
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 
@@ -243,12 +243,12 @@ def test_deepstack_moves_by_the_plan(models, monkeypatch):
         gather = vidtok.Plan.gather(plan.anchor, plan.cu_seqlens_in, plan.cu_seqlens_out, plan.num_in)
         original(changed, gather, rows, columns, real)
 
-    original = VisualHook._deepstack
-    monkeypatch.setattr(VisualHook, "_deepstack", staticmethod(anchors_only))
+    original = InputHook._deepstack
+    monkeypatch.setattr(InputHook, "_deepstack", staticmethod(anchors_only))
     with vidtok.attach(model, visual=tiny.merge):
         wrong = model(**inputs).logits[:, -1]
     assert (whole - wrong).abs().max() > 1e-3
-    monkeypatch.setattr(VisualHook, "_deepstack", staticmethod(lambda *args: None))
+    monkeypatch.setattr(InputHook, "_deepstack", staticmethod(lambda *args: None))
     with vidtok.attach(model, visual=tiny.merge), pytest.raises((IndexError, RuntimeError)):
         model(**inputs)
 
@@ -269,15 +269,15 @@ def test_gaps_in_text_positions_are_not_packed_rows(models, kind, monkeypatch):
         def gaps(self, given, rows, *rest):
             return ops.position_remap(rows, given, dim=-1)[0]
 
-        prefill = VisualHook._prefill
+        prefill = InputHook._prefill
 
         def without_mask(*args):
             changed = prefill(*args)
             changed["attention_mask"] = None
             return changed
 
-        monkeypatch.setattr(VisualHook, "_positions", gaps)
-        monkeypatch.setattr(VisualHook, "_prefill", without_mask)
+        monkeypatch.setattr(InputHook, "_positions", gaps)
+        monkeypatch.setattr(InputHook, "_prefill", without_mask)
         wrong = model(**bare, position_ids=four, use_cache=False).logits
         assert (wrong - right).abs().max() > 1e-2
 

@@ -131,7 +131,7 @@ def load(name: str, *, dtype: torch.dtype, device: torch.device, attention: str 
     _quiet()
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-    from vidtok.models.families import FAMILIES
+    from vidtok.models.families import CORE
 
     shown = one_line(name)
     local = Path(name).is_dir()
@@ -147,8 +147,8 @@ def load(name: str, *, dtype: torch.dtype, device: torch.device, attention: str 
             f"got {shown!r}, which could not be loaded"
         ) from error
     kind = getattr(config, "model_type", None)
-    if kind not in FAMILIES:
-        raise InputError(f"expected a model among {', '.join(FAMILIES)}, got {shown!r} of type {kind!r}")
+    if kind not in CORE:
+        raise InputError(f"expected a model among {', '.join(CORE)}, got {shown!r} of type {kind!r}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
         folder = name if local else _cached_folder(name, offline)

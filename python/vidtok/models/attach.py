@@ -11,7 +11,7 @@ from torch import nn
 from vidtok import _check, spec
 from vidtok.models import families
 from vidtok.models.report import Report
-from vidtok.models.visual import VisualHook
+from vidtok.models.visual import InputHook
 
 _POSITIONS = ("keep", "renumber")
 
@@ -27,7 +27,7 @@ def _make_inert() -> Any:
 class _Hook:
     """A forward hook that stays with its module: copies and pickles of the module get an inert one."""
 
-    def __init__(self, place: str, owner: VisualHook, run: Any) -> None:
+    def __init__(self, place: str, owner: InputHook, run: Any) -> None:
         self.place, self.owner, self.run = place, owner, run
 
     # A compiled model breaks its graph here: plans have sizes that only the data knows.
@@ -52,7 +52,7 @@ def _forget_compiled() -> None:
 class Handle:
     """An attachment: ``restore()`` takes it out; also a context manager."""
 
-    def __init__(self, hook: VisualHook, handles: list[Any], spec: str) -> None:
+    def __init__(self, hook: InputHook, handles: list[Any], spec: str) -> None:
         self._hook, self._handles, self.spec = hook, handles, spec
 
     @property
@@ -80,7 +80,7 @@ class Handle:
         self.restore()
 
     def __repr__(self) -> str:
-        return f"<vidtok attachment visual={self.spec!r}{'' if self.active else ', restored'}>"
+        return f"<vidtok attachment {self.spec}{'' if self.active else ', restored'}>"
 
 
 def attach(
@@ -94,17 +94,19 @@ def attach(
     r"""Reduce the visual tokens of a Hugging Face video-language model.
 
     At the input of the language model each video's tokens :math:`x` become :math:`P x` with the plan
-    :math:`P` that ``visual`` decides from them; positions, attention mask, labels, deepstack features
-    and the cache follow. Text tokens, weights and the model's class stay as they are.
+    :math:`P` that ``visual`` decides from them; before the layers that ``decoder`` names, more of them
+    are dropped. Positions, attention masks, labels, deepstack features and the cache follow. Text
+    tokens, weights and the model's class stay as they are.
 
     Args:
-        model: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model (or its base model), bare or wrapped.
+        model: a model of a supported family (docs/models.md lists them) or its base model, bare or wrapped.
         visual: a spec such as ``"prunevid:tau=0.8"``, or a callable ``(features [N, C], grid_thw
             [V, 3]) -> Plan`` with one sequence per video; images stay whole unless it has a true
             attribute ``images``.
+        decoder: a spec such as ``"uni_7_0.5-attn_14_0.25"`` (kind, 0-based layer, share of the visual
+            tokens that layer still sees), or a :class:`vidtok.Drop`.
         vision: reductions inside the vision tower; not available in this version.
-        decoder: reductions inside the language model; not available in this version.
-        position: ``"keep"`` leaves every kept token its M-RoPE coordinates and text its positions;
+        position: ``"keep"`` leaves every kept token its coordinates and text its positions;
             ``"renumber"`` counts the tokens that remain, decoded ones too.
 
     Returns:
@@ -123,19 +125,33 @@ def attach(
         raise ValueError(
             "expected vision=None, got a spec: reductions in the vision tower are not available in this version"
         )
-    if decoder is not None:
-        raise ValueError(
-            "expected decoder=None, got a spec: reductions inside the decoder are not available in this version"
-        )
     if position not in _POSITIONS:
         _check.fail(f"position to be one of {', '.join(map(repr, _POSITIONS))}", repr(position))
-    if visual is None:
-        raise ValueError("expected visual= to name a method such as 'uniform:ratio=0.5', got nothing to attach")
+    if visual is None and decoder is None:
+        raise ValueError(
+            "expected visual= to name a method such as 'uniform:ratio=0.5', or decoder= stages such as 'uni_7_0.5', "
+            "got nothing to attach"
+        )
     places = families.locate(model)
-    method = spec.resolve(visual)
+    method = None if visual is None else spec.resolve(visual)
     if any(isinstance(h, _Hook) and h.place == "visual" for h in places.language_model._forward_pre_hooks.values()):
         raise ValueError("expected a model without attachment at the language-model input, got one; restore() it first")
-    hook = VisualHook(places, method, position)
+    dropper = None
+    if decoder is not None:
+        from vidtok.models.decoder import DecoderHook
+        from vidtok.models.drop import resolve_drop
+
+        drop = resolve_drop(decoder)
+        dropper = DecoderHook(places.language_model, drop, position)
+    hook = InputHook(places, method, position, dropper)
+    rotary = []
+    if method is not None and position == "keep" and places.family.positions == "rope":
+        rotary = [m for m in places.language_model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+        if not rotary:
+            raise ValueError(
+                f"expected a rotary embedding in {type(places.language_model).__name__} to keep positions by, "
+                "got none; use position='renumber'"
+            )
     _forget_compiled()
 
     def before(module: nn.Module, run: Any) -> Any:
@@ -147,12 +163,12 @@ def attach(
     handles = []
     if places.outer is not None:
         handles += [before(places.outer, hook.outer_pre), after(places.outer, hook.post, True)]
-    handles += [
-        before(places.base, hook.base_pre),
-        after(places.base, hook.post, True),
-        before(places.vision, hook.vision_pre),
-        after(places.vision, hook.vision_post),
-        before(places.language_model, hook.language_pre),
-        after(places.language_model, hook.language_post),
-    ]
-    return Handle(hook, handles, str(method))
+    handles += [before(places.base, hook.base_pre), after(places.base, hook.post, True)]
+    for tower in places.towers:
+        handles += [before(tower, hook.vision_pre), after(tower, hook.vision_post)]
+    handles += [before(places.language_model, hook.language_pre), after(places.language_model, hook.language_post)]
+    handles += [before(module, hook.rotary_pre) for module in rotary]
+    if dropper is not None:
+        handles += [(before if when == "pre" else after)(module, run) for module, when, run in dropper.hooks()]
+    parts = {"visual": method, "decoder": dropper and dropper.drop}
+    return Handle(hook, handles, " ".join(f"{name}={str(part)!r}" for name, part in parts.items() if part is not None))

@@ -10,6 +10,7 @@ from torch import Tensor
 from vidtok import _check
 from vidtok.models import cache as caches
 from vidtok.models.cache import State
+from vidtok.plan import Plan
 
 
 def new_columns(mask: Any, batch: int, length: int, past: int, cache: Any, device: torch.device) -> Tensor | None:
@@ -72,3 +73,33 @@ def consecutive(mask: Tensor | None, batch: int, past: int, length: int, device:
     if mask is None:
         return torch.arange(past, past + length, device=device).expand(batch, length)
     return (mask[:, : past + length].long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+
+
+def gathered(mask: Any, rows: Plan, valid: Tensor, past: int) -> Any:
+    """The masks of reduced rows, cut out of the 4-D mask, or masks by layer type, that the base model made.
+
+    Args:
+        mask: ``[B, 1, L, past + L]``, bool (True: seen) or added to scores; a dict of such; None: causal.
+        rows: the plan of the rows.
+        valid: bool ``[B, L']``, its real outputs.
+        past: columns that the cache held before this pass.
+    """
+    if isinstance(mask, dict):
+        return {kind: gathered(value, rows, valid, past) for kind, value in mask.items()}
+    batch, width = valid.shape
+    if mask is None:
+        if not rows.padded:
+            return None
+        causal = torch.ones(width, past + width, dtype=torch.bool, device=valid.device).tril(past)
+        seen = torch.nn.functional.pad(valid, (past, 0), value=True)
+        return causal & seen[:, None, None, :]
+    if not (isinstance(mask, Tensor) and mask.dim() == 4):
+        _check.fail("an attention mask of shape [B, 1, L, L], or none", type(mask).__name__)
+    length = mask.shape[2]
+    source = rows.anchor.long().view(batch, width).clamp(min=0) % length
+    index = source[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+    mask = mask.expand(batch, -1, -1, -1).gather(2, index)
+    new = mask[..., past:].gather(3, source[:, None, None, :].expand(-1, mask.shape[1], width, -1))
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    new = new.masked_fill(~valid[:, None, None, :], hidden)
+    return torch.cat([mask[..., :past], new], -1)

@@ -111,6 +111,8 @@ class Record:
         self.units, self.plan, self.shape, self.real = units, plan, shape, real
         self.rows: Plan | None = None
         self.spans: dict[str, list[Span]] = {}
+        #: What the decoder hook did, one entry per stage.
+        self.stages: Any = None
 
     def add(self, stage: str, span: Span | None) -> None:
         """Count a span under a stage."""

@@ -1,9 +1,10 @@
-"""The language-model-input hook: visual tokens are reduced once, before the first decoder layer."""
+"""The language-model-input hook: visual tokens are found, and reduced once before the first decoder layer."""
 
 from __future__ import annotations
 
+import inspect
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,11 @@ from vidtok.models import columns, families
 from vidtok.models.cache import State
 from vidtok.models.families import Encoded, Places, Visual
 from vidtok.models.report import Record, Span
+from vidtok.models.tokens import Tokens
 from vidtok.plan import Plan
+
+if TYPE_CHECKING:
+    from vidtok.models.decoder import DecoderHook
 
 
 class Call:
@@ -27,20 +32,26 @@ class Call:
         self.logits_to_keep: Any = 0
         self.visual: Visual | None = None
         self.media = False
-        self.grids: dict[str, list[list[int]]] = {}
+        self.mask: Tensor | None = None
+        self.towers: dict[str, list[dict[str, Any]]] = {}
         self.encoded: list[Span] = []
         self.state: State | None = None
         self.record: Record | None = None
         self.stage = ""
         self.forward: Span | None = None
+        self.rotary: Tensor | None = None
+        self.tokens: Tokens | None = None
+        self.run: Any = None
 
 
-class VisualHook:
+class InputHook:
     """Hooks of one attachment; what belongs to a call lives in :class:`Call` or on the call's cache."""
 
-    def __init__(self, places: Places, method: Any, position: str) -> None:
-        self.method, self.position = method, position
+    def __init__(self, places: Places, method: Any, position: str, decoder: DecoderHook | None = None) -> None:
+        self.family, self.method, self.position, self.decoder = places.family, method, position, decoder
         self.images = bool(getattr(method, "images", False))
+        if self.images and not self.family.images:
+            raise ValueError(f"expected images=false for {self.family.name}, whose images have no known grid, got true")
         self.active = True
         self.last: Record | None = None
         self._calls = threading.local()
@@ -55,7 +66,7 @@ class VisualHook:
         arguments = families.named_arguments(module, args, kwargs)
         call.logits_to_keep = arguments.get("logits_to_keep", 0)
         # Read here already: accelerate copies the arguments on their way to the base model.
-        call.grids, call.encoded = families.tags(arguments)
+        call.towers, call.encoded = families.tags(arguments)
         labels = arguments.get("labels")
         if labels is None:
             return None
@@ -65,19 +76,41 @@ class VisualHook:
         call.labels = labels.clone() if device is None else labels.to(device, copy=True)
         return (), {**arguments, "labels": call.labels}
 
-    def base_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def base_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """On the model without head: find the visual tokens."""
         call = self._call()
         arguments = families.named_arguments(module, args, kwargs)
         if call is None or call.begun:
             call = self._calls.call = Call(module)
-            call.grids, call.encoded = families.tags(arguments)
+            call.towers, call.encoded = families.tags(arguments)
         call.begun = True
+        given = arguments.get("attention_mask")
+        call.mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
         call.media = families.has_media(arguments)
         if call.media:
-            call.visual = families.find_visual(module, arguments, self.images, call.grids)
+            everything = self.images or self.decoder is not None
+            call.visual = families.find_visual(self.family, module, arguments, everything, call.towers)
         else:
-            families.refuse_blind(module, arguments)
+            families.refuse_blind(self.family, module, arguments)
+        return self._base_mask(arguments) if self.family.base_masks else None
+
+    def _base_mask(self, arguments: dict[str, Any]) -> Any:
+        """A base that makes the masks of a later pass needs to know which columns the cache holds."""
+        cache = arguments.get("past_key_values")
+        state = caches.state_of(cache)
+        if state is None or not state.reduced:
+            return None
+        tokens = arguments.get("input_ids")
+        tokens = arguments["inputs_embeds"] if tokens is None else tokens
+        (batch, length), device = tokens.shape[:2], tokens.device
+        past = caches.physical_length(cache)
+        given = arguments.get("attention_mask")
+        if given is not None and not (isinstance(given, Tensor) and given.dim() == 2):
+            return None
+        new = columns.new_columns(given, batch, length, past, cache, device)
+        old = columns.past_columns(state, given, length, past, device)
+        mask = columns.joined(old, new, batch, past, length, cache, device)
+        return (), {**arguments, "attention_mask": None if mask is None else mask.long()}
 
     def post(self, module: nn.Module, *_: Any) -> None:
         """End of the call that ``module`` began, also after an exception."""
@@ -96,12 +129,11 @@ class VisualHook:
         span, self._calls.vision = getattr(self._calls, "vision", None), None
         if span is not None:
             span.stop()
-        grid = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
         call = self._call()
         if call is not None:
             call.encoded = [*call.encoded, span] if span is not None else call.encoded
-        elif isinstance(grid, Tensor):
-            families.tag(output, Encoded(grid, span))
+        else:
+            families.tag(output, Encoded(families.tower_inputs(module, args, kwargs), span))
 
     # ------------------------------------------------------------------ the language model
     def language_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -124,13 +156,35 @@ class VisualHook:
             changed = self._prefill(call, arguments, embeds, cache, state)
         else:
             changed = self._continue(call, arguments, embeds, cache, state)
+        if self.decoder is not None:
+            changed = arguments if changed is None else changed
+            changed, call.run = self.decoder.begin(call.tokens, changed, cache, call.state or state, call.labels)
         call.forward = Span(embeds.device)
         return None if changed is None else ((), changed)
+
+    def rotary_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """On a rotary embedding: kept tokens turn by their original positions.
+
+        The language model itself is given consecutive ones, in which neither masks nor flash-attention
+        see the borders between packed rows that gaps look like.
+        """
+        call = self._call()
+        if call is None or call.rotary is None:
+            return None
+        names = [n for n in inspect.signature(type(module).forward).parameters if n != "self"]
+        arguments = {**dict(zip(names, args)), **kwargs}
+        given = arguments.get("position_ids")
+        if given is None or given.shape[-1] != call.rotary.shape[-1]:
+            raise ValueError(f"expected a rotary embedding of position_ids, got {type(module).__name__} without them")
+        return (), {**arguments, "position_ids": call.rotary.to(given.device)}
 
     def language_post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The cache learns what the pass put into it."""
         call = self._call()
-        if call is None or call.record is None:
+        if call is None:
+            return
+        call.rotary = None
+        if call.record is None:
             return
         if call.forward is not None:
             call.record.add(call.stage, call.forward.stop())
@@ -139,6 +193,8 @@ class VisualHook:
             cache = getattr(output, "past_key_values", None)
         if call.state is not None and cache is not None:
             caches.bind(cache, call.state)
+        if self.decoder is not None:
+            call.record.stages = self.decoder.end(call.run, cache)
         if call.stage == "prefill":
             self.last = call.record
         if call.owner is module:
@@ -152,33 +208,44 @@ class VisualHook:
         past = caches.physical_length(cache)
         dropped = 0 if state is None else state.dropped
         given = arguments.get("attention_mask")
-        real = columns.new_columns(given, batch, length, past, cache, device)
-        plan, decide = self._decide(embeds, call.visual)
+        real = columns.new_columns(
+            given if call.mask is None or not self.family.base_masks else call.mask, batch, length, past, cache, device
+        )
+        reducible = self._reducible(call.visual)
+        plan, decide = self._decide(embeds, reducible)
         call.stage = "prefill"
-        record = call.record = Record([] if call.visual is None else call.visual.units, plan, (batch, length), real)
+        record = call.record = Record([] if reducible is None else reducible.units, plan, (batch, length), real)
+        if self.decoder is not None and call.visual is not None:
+            seen = call.visual
+            call.tokens = Tokens.of(seen.columns.to(device), seen.units, seen.sizes, (batch, length), real)
         for span in call.encoded:
             record.add("vision", span)
         record.add("decide", decide)
-        if plan is None or call.visual is None:
+        if plan is None or reducible is None:
             return self._continue(call, arguments, embeds, cache, state, record)
         if plan.is_gather and plan.num_out == plan.num_in and self.position == "keep":
             return self._continue(call, arguments, embeds, cache, state, record)
-        _refuse(arguments, call, cache, length)
+        _refuse(arguments, call, cache, length, self.family.positions == "mrope")
         move = Span(device)
         cu = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-        visual = call.visual.columns.to(device)
+        visual = reducible.columns.to(device)
         rows = record.rows = plan.lift(visual, cu, real=real, dense=True)
         valid = rows.valid().view(batch, -1)
         width = valid.shape[1]
         old = columns.past_columns(state, given, length, past, device)
         mask = columns.joined(old, valid if rows.padded else None, batch, past, width, cache, device)
-        changed = dict(arguments)
+        changed = self._carry(arguments, rows, batch, length)
         changed["inputs_embeds"] = ops.plan_apply(rows, embeds)
         # Always explicit: without a mask, gaps in positions would be read as borders between packed rows.
         full = torch.ones(batch, past + width, dtype=torch.long, device=device)
-        changed["attention_mask"] = full if mask is None else mask.long()
+        if self.family.base_masks and not (isinstance(given, Tensor) and given.dim() == 2):
+            changed["attention_mask"] = columns.gathered(given, rows, valid, past)
+        else:
+            changed["attention_mask"] = full if mask is None else mask.long()
         number = columns.consecutive(mask, batch, past, width, device)
-        changed["position_ids"] = self._positions(arguments["position_ids"], rows, number)
+        self._place(call, changed, rows, number, past + dropped, length)
+        if call.tokens is not None:
+            call.tokens = call.tokens.after(rows)
         if arguments.get("visual_pos_masks") is not None:
             self._deepstack(changed, plan, rows, visual, real)
         if "cache_position" in changed:
@@ -222,14 +289,23 @@ class VisualHook:
         mask = columns.joined(old, new, batch, past, length, cache, device)
         changed = dict(arguments)
         changed["attention_mask"] = None if mask is None else mask.long()
+        if self.family.base_masks and not (isinstance(given, Tensor) and given.dim() == 2):
+            changed["attention_mask"] = given
         position = arguments.get("position_ids")
         _refuse_length(position, length)
+        if self.family.positions == "mrope":
+            shape: tuple[int, ...] = (
+                3 if position is None or position.dim() == 2 else position.shape[0],
+                batch,
+                length,
+            )
+        else:
+            shape = (batch, length)
         if self.position == "renumber":
-            number = columns.consecutive(mask, batch, past, length, device)
-            changed["position_ids"] = number.expand(3 if position is None else position.shape[0], -1, -1)
-        elif position is None:
+            changed["position_ids"] = columns.consecutive(mask, batch, past, length, device).expand(shape)
+        elif position is None and self.family.positions != "none":
             start = past + state.dropped
-            changed["position_ids"] = torch.arange(start, start + length, device=device).expand(3, batch, length)
+            changed["position_ids"] = torch.arange(start, start + length, device=device).expand(shape)
         if "cache_position" in changed:
             changed["cache_position"] = torch.arange(past, past + length, device=device)
         call.state = State(
@@ -263,7 +339,49 @@ class VisualHook:
             plan = plan.to(embeds.device)
         return plan, span.stop()
 
+    def _reducible(self, visual: Visual | None) -> Visual | None:
+        """The units that the method acts on: images only when it asks for them."""
+        if visual is None or self.method is None:
+            return None
+        keep = [i for i, unit in enumerate(visual.units) if self.images or unit.kind == "video"]
+        if len(keep) == len(visual.units):
+            return visual
+        if not keep:
+            return None
+        parts = visual.columns.split(visual.sizes)
+        return Visual(
+            torch.cat([parts[i] for i in keep]), [visual.units[i] for i in keep], [visual.sizes[i] for i in keep]
+        )
+
+    @staticmethod
+    def _carry(arguments: dict[str, Any], rows: Plan, batch: int, length: int) -> dict[str, Any]:
+        """Everything that has an entry per token follows its anchor."""
+        changed = dict(arguments)
+        for name, value in arguments.items():
+            if name in ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks"):
+                continue
+            if isinstance(value, Tensor) and value.dim() >= 2 and tuple(value.shape[:2]) == (batch, length):
+                (changed[name],) = ops.position_remap(rows, value, dim=1)
+        return changed
+
+    def _place(self, call: Call, changed: dict[str, Any], rows: Plan, number: Tensor, start: int, length: int) -> None:
+        """Put in the positions of a reduced prefill; ``start`` is the logical position of its first column."""
+        position = changed.get("position_ids")
+        if self.family.positions == "mrope":
+            assert position is not None
+            changed["position_ids"] = self._positions(position, rows, number)
+            return
+        if self.family.positions == "none" and position is None:
+            return
+        changed["position_ids"] = number
+        if self.position == "keep" and self.family.positions == "rope":
+            if position is None:
+                position = torch.arange(start, start + length, device=number.device)[None]
+            position = position.to(number.device).expand(number.shape[0], -1)
+            (call.rotary,) = ops.position_remap(rows, position, dim=-1)
+
     def _positions(self, position: Tensor, rows: Plan, number: Tensor) -> Tensor:
+        """M-RoPE positions of reduced rows."""
         if self.position == "renumber":
             return number.expand(position.shape[0], -1, -1)
         (kept,) = ops.position_remap(rows, position.to(number.device).expand(-1, number.shape[0], -1), dim=-1)
@@ -298,7 +416,7 @@ def _shorten(labels: Tensor, rows: Plan, valid: Tensor) -> None:
     labels.resize_(short.shape).copy_(short)
 
 
-def _refuse(arguments: dict[str, Any], call: Call, cache: Any, length: int) -> None:
+def _refuse(arguments: dict[str, Any], call: Call, cache: Any, length: int, mrope: bool) -> None:
     """Raise for calls in which dropping tokens would silently change something else."""
     if isinstance(call.logits_to_keep, Tensor):
         _check.fail("logits_to_keep as a number, because tokens are dropped", "a tensor")
@@ -306,6 +424,8 @@ def _refuse(arguments: dict[str, Any], call: Call, cache: Any, length: int) -> N
         raise ValueError("expected padded rows, got rows packed by cu_seq_lens, which cannot be reduced")
     position = arguments.get("position_ids")
     _refuse_length(position, length)
+    if not mrope:
+        return
     if position is None or position.dim() == 2 or _is_text(position, call.visual):
         raise ValueError(
             "expected M-RoPE positions for the visual tokens, got 1-D text positions; "

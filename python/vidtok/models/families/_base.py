@@ -1,0 +1,168 @@
+"""What a family of models has to say about itself, so that one pair of hooks serves all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vidtok.models.report import Span, Unit
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Media:
+    """The placeholder tokens of one kind in one call, before they are told apart.
+
+    Args:
+        module: the base model.
+        kind: ``"video"`` or ``"image"``.
+        columns: int64 ``[n]``, packed row columns of the placeholder tokens, ascending.
+        length: columns of a row.
+        arguments: of the base model's forward call, by name.
+        encoded: features made before the call (``generate`` does so), an output object with
+            ``pooler_output``; None when pixels come with the call.
+        calls: inputs of the vision tower calls that made ``encoded``: tensors of integers as they
+            are, the shapes of the others; empty when they are not known.
+    """
+
+    module: Any
+    kind: str
+    columns: Tensor
+    length: int
+    arguments: dict[str, Any]
+    encoded: Any = None
+    calls: Sequence[dict[str, Any]] = ()
+
+    def input(self, name: str) -> Any:
+        """An argument of the call, or of the vision tower when features were made before; None without."""
+        if self.encoded is None:
+            return self.arguments.get(name)
+        found = [c[name] for c in self.calls if c.get(name) is not None]
+        return found[0] if len(found) == 1 else None
+
+    def split(self, grids: Sequence[Grid]) -> list[tuple[Tensor, Grid]]:
+        """The columns of each unit, when units of these grids lie one after another."""
+        sizes = [t * h * w for t, h, w in grids]
+        if sum(sizes) != self.columns.shape[0]:
+            raise ValueError(
+                f"expected {sum(sizes)} {self.kind} tokens for grids {[list(g) for g in grids]}, "
+                f"got {self.columns.shape[0]} in this call (prefill_chunk_size and truncated prompts cannot be reduced)"
+            )
+        return [(part, grid) for part, grid in zip(self.columns.split(sizes), grids) if part.numel()]
+
+    def runs(self) -> list[Tensor]:
+        """Stretches of neighbouring columns of one row."""
+        if not self.columns.numel():
+            return []
+        step = self.columns.diff() != 1
+        step |= self.columns[1:] % self.length == 0
+        ends = (torch.nonzero(step).squeeze(1) + 1).tolist()
+        return list(torch.tensor_split(self.columns, ends))
+
+
+#: Tells the units of one kind apart: for each, its columns (frame by frame, special tokens left out) and its grid.
+Rule = Callable[[Media], list[tuple[Tensor, Grid]]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One group of classes of transformers.
+
+    Args:
+        name: its folder in transformers.
+        base: class that owns the vision tower and calls the language model.
+        heads: classes with a head, which hold the base at ``inner``; the base itself when it has the head.
+        units: rule that tells videos and images apart.
+        inner: attribute of a head at which the base lies.
+        language: attribute of the base at which the language model lies; empty when the base is it.
+        towers: attributes of the base at which vision towers lie, for timing and grids.
+        video: config attributes with the placeholder of videos, the first that is there counts.
+        image: the same of images.
+        positions: ``mrope`` takes rows of (time, height, width) ids, ``rope`` one row, ``none`` none.
+        base_masks: whether the base makes the 4-D attention masks.
+        images: whether ``images=true`` may reduce images; their grids are known then.
+    """
+
+    name: str
+    base: str
+    heads: tuple[str, ...]
+    units: Rule
+    inner: str = "model"
+    language: str = "language_model"
+    towers: tuple[str, ...] = ("visual",)
+    video: tuple[str, ...] = ("video_token_id", "video_token_index")
+    image: tuple[str, ...] = ("image_token_id", "image_token_index")
+    positions: Literal["mrope", "rope", "none"] = "mrope"
+    base_masks: bool = False
+    images: bool = True
+    notes: tuple[str, ...] = field(default=())
+
+    def placeholder(self, config: Any, kind: str) -> int | None:
+        """Token id of a kind's placeholder, None for a kind that the family does not have."""
+        for name in self.video if kind == "video" else self.image:
+            value = getattr(config, name, None)
+            if value is not None:
+                return int(value)
+        return None
+
+
+@dataclass(frozen=True)
+class Places:
+    """The modules that hooks go on."""
+
+    family: Family
+    outer: nn.Module | None
+    base: nn.Module
+    language_model: nn.Module
+    towers: tuple[nn.Module, ...] = ()
+
+
+@dataclass(frozen=True)
+class Visual:
+    """Visual tokens of a batch: packed row columns unit by unit, ascending, and the units."""
+
+    columns: Tensor
+    units: list[Unit]
+    sizes: list[int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Inputs and time of a vision tower call, carried by its output object until the prefill."""
+
+    inputs: dict[str, Any]
+    span: Span | None
+
+
+def grid_units(merge: str = "spatial_merge_size") -> Rule:
+    """Units of ``video_grid_thw`` and ``image_grid_thw``, merged by the vision config's attribute ``merge``."""
+
+    def rule(media: Media) -> list[tuple[Tensor, Grid]]:
+        grids = media.input("grid_thw" if media.encoded is not None else f"{media.kind}_grid_thw")
+        if grids is None:
+            raise ValueError(
+                f"expected visual features with their grids ({media.kind}_grid_thw), got features made before attach "
+                "or split by prefill_chunk_size, which cannot be reduced"
+            )
+        rows = repeated(grids.tolist(), media.encoded)
+        side = int(getattr(media.module.config.vision_config, merge))
+        return media.split([(int(t), int(h) // side, int(w) // side) for t, h, w in rows])
+
+    return rule
+
+
+def repeated(rows: list[Any], encoded: Any) -> list[Any]:
+    """Rows of one entry per unit, repeated as beam search repeats the features of a sample.
+
+    The repeated features are the same tensor objects.
+    """
+    parts = getattr(encoded, "pooler_output", None)
+    if not isinstance(parts, (list, tuple)) or len(parts) == len(rows):
+        return rows
+    order: dict[int, int] = {}
+    return [rows[order.setdefault(id(part), len(order))] for part in parts]

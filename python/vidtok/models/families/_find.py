@@ -1,0 +1,112 @@
+"""Finding the visual tokens of a call."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidtok.models import cache as caches
+from vidtok.models.families._base import Encoded, Family, Media, Visual
+from vidtok.models.report import Span, Unit
+
+_TAG = "_vidtok_encoded"
+_PIXELS = {"video": "pixel_values_videos", "image": "pixel_values"}
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward call by name."""
+    if not args:
+        return kwargs
+    names = [n for n in inspect.signature(type(module).forward).parameters if n != "self"]
+    return {**dict(zip(names, args)), **kwargs}
+
+
+def tower_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What is worth keeping of a vision tower's arguments: integers, and the shapes of other tensors."""
+    kept: dict[str, Any] = {}
+    for name, value in named_arguments(module, args, kwargs).items():
+        if isinstance(value, Tensor):
+            kept[name] = value.shape if value.is_floating_point() else value
+    return kept
+
+
+def tag(output: Any, encoded: Encoded) -> None:
+    """Let the output object of a vision tower carry its inputs; ``generate`` hands over nothing else."""
+    if hasattr(output, "pooler_output"):
+        setattr(output, _TAG, (*getattr(output, _TAG, ()), encoded))
+
+
+def tags(arguments: dict[str, Any]) -> tuple[dict[str, list[dict[str, Any]]], list[Span]]:
+    """Inputs by kind, and times, of the vision tower calls whose outputs came with the arguments."""
+    calls: dict[str, list[dict[str, Any]]] = {}
+    spans: list[Span] = []
+    for kind, output in (arguments.get("mm_encoder_outputs") or {}).items():
+        for encoded in getattr(output, _TAG, ()):
+            calls.setdefault(kind, []).append(encoded.inputs)
+            if encoded.span is not None:
+                spans.append(encoded.span)
+    return calls, spans
+
+
+def has_media(arguments: dict[str, Any]) -> bool:
+    """Whether pixels or their features come with this call."""
+    return any(arguments.get(name) is not None for name in _PIXELS.values()) or bool(
+        arguments.get("mm_encoder_outputs")
+    )
+
+
+def refuse_blind(family: Family, module: Any, arguments: dict[str, Any]) -> None:
+    """Raise for a prompt whose video tokens come without pixels, as prefill_chunk_size makes them on 5.17."""
+    ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+    token = family.placeholder(module.config, "video")
+    if token is None or ids is None or ids.shape[1] < 2 or cache is None or caches.physical_length(cache):
+        return
+    if bool((ids == token).any()):
+        raise ValueError(
+            "expected pixels with the video tokens of a new prompt, got none (prefill_chunk_size cannot be reduced)"
+        )
+
+
+def find_visual(
+    family: Family, module: Any, arguments: dict[str, Any], images: bool, calls: dict[str, list[dict[str, Any]]]
+) -> Visual | None:
+    """Visual tokens of a call to the base model, in packed order.
+
+    Args:
+        family: of the model.
+        module: the base model.
+        arguments: of its forward call, by name.
+        images: whether images count too.
+        calls: inputs of the vision tower calls made before, by kind.
+    """
+    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    encoded = arguments.get("mm_encoder_outputs") or {}
+    length = ids.shape[1] if ids is not None else embeds.shape[1]  # type: ignore[union-attr]
+    found: list[tuple[int, Tensor, Unit]] = []
+    for kind, pixels in _PIXELS.items():
+        if kind == "image" and not images:
+            continue
+        if encoded.get(kind) is None and arguments.get(pixels) is None:
+            continue
+        token = family.placeholder(module.config, kind)
+        if token is None:
+            continue
+        if ids is not None:
+            place = ids == token
+        else:
+            vector = module.get_input_embeddings()(torch.tensor(token, device=embeds.device))  # type: ignore[union-attr]
+            place = (embeds == vector).all(-1)
+        columns = torch.nonzero(place.reshape(-1)).squeeze(1)
+        media = Media(module, kind, columns, length, arguments, encoded.get(kind), calls.get(kind, ()))
+        parts = [(part, grid) for part, grid in family.units(media) if part.numel()]
+        starts = torch.stack([part[0] for part, _ in parts]).tolist() if parts else []
+        found += [(s, part, Unit(kind, s // length, grid)) for s, (part, grid) in zip(starts, parts)]
+    if not found:
+        return None
+    found.sort(key=lambda item: item[0])
+    return Visual(
+        torch.cat([part for _, part, _ in found]), [unit for _, _, unit in found], [len(part) for _, part, _ in found]
+    )
