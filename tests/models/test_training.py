@@ -105,7 +105,7 @@ def test_first_real_token_is_not_learnt_from_padding(models):
 
 def test_unshortened_labels_fail(models, monkeypatch):
     model, inputs = models("qwen2_5_vl"), labelled("qwen2_5_vl")
-    monkeypatch.setattr(visual.VisualHook, "outer_pre", lambda self, module, args, kwargs: None)
+    monkeypatch.setattr(visual.InputHook, "outer_pre", lambda self, module, args, kwargs: None)
     with vidtok.attach(model, visual=tiny.drop), pytest.raises(ValueError):
         model(**inputs, use_cache=False)
 
