@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vidtok import data, kernels, methods, models, ops, spec
+    from vidtok import data, kernels, methods, models, ops, spec, training
     from vidtok.kernels.reports import synchronize
     from vidtok.kernels.select import use_backend
     from vidtok.models.attach import attach
     from vidtok.plan import Plan
 
-_MODULES = ("data", "kernels", "methods", "models", "ops", "plan", "spec", "systems")
+_MODULES = ("data", "kernels", "methods", "models", "ops", "plan", "spec", "systems", "training")
 _NAMES = {
     "Plan": "vidtok.plan",
     "attach": "vidtok.models.attach",
@@ -28,7 +28,7 @@ _NAMES = {
 
 __all__ = [
     "Plan", "__version__", "attach", "data", "kernels", "methods", "models", "ops", "spec", "synchronize",
-    "use_backend",
+    "training", "use_backend",
 ]  # fmt: skip
 
 
