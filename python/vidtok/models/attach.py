@@ -132,6 +132,11 @@ def attach(
             "expected visual= to name a method such as 'uniform:ratio=0.5', or decoder= stages such as 'uni_7_0.5', "
             "got nothing to attach"
         )
+    return install(InputHook, model, visual, decoder, position)
+
+
+def install(kind: type[InputHook], model: nn.Module, visual: Any, decoder: Any, position: str) -> Handle:
+    """Put a hook at the input of the language model, and what ``decoder`` names inside it; see :func:`attach`."""
     places = families.locate(model)
     method = None if visual is None else spec.resolve(visual)
     if any(isinstance(h, _Hook) and h.place == "visual" for h in places.language_model._forward_pre_hooks.values()):
@@ -143,7 +148,7 @@ def attach(
 
         drop = resolve_drop(decoder)
         dropper = DecoderHook(places.language_model, drop, position)
-    hook = InputHook(places, method, position, dropper)
+    hook = kind(places, method, position, dropper)
     rotary = []
     if method is not None and position == "keep" and places.family.positions == "rope":
         rotary = [m for m in places.language_model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
