@@ -109,6 +109,8 @@ def grid_batch(
     around: tuple[int, ...] = (),
     types: bool = True,
     over: int = 1,
+    last: bool = False,
+    seconds: str = "",
     order: int | None = None,
 ) -> dict[str, Tensor]:
     """Processor output of a family whose pixels are patches with ``*_grid_thw``.
@@ -127,6 +129,8 @@ def grid_batch(
         around: tokens before and after all frames of a video; empty for none.
         types: whether ``mm_token_type_ids`` are given.
         over: frames that become one token.
+        last: whether the values of a patch end with the channels.
+        seconds: name of an argument with the seconds of each video's grid steps; empty for none.
         order: patches of the side of a block that lies together, when it is not ``merge``.
     """
     pixels: dict[str, list[Tensor]] = {"video": [], "image": []}
@@ -136,9 +140,12 @@ def grid_batch(
         g = torch.Generator().manual_seed(seed + i)
         row = [(w, 0) for w in words(3, g)]
         for j, (what, count, size) in enumerate(clips):
-            patches, (t, h, w) = patchify(
-                clip(i, j, count if what == "video" else 1, size), patch, order or merge, temporal
-            )
+            frames = clip(i, j, count if what == "video" else 1, size)
+            if what == "video" and count % (temporal * over):
+                frames = torch.cat([frames, frames[-1:].expand(-count % (temporal * over), -1, -1, -1)])
+            patches, (t, h, w) = patchify(frames, patch, order or merge, temporal)
+            if last:
+                patches = patches.unflatten(1, (3, -1)).transpose(1, 2).flatten(1)
             pixels[what].append(patches)
             grids[what].append([t, h, w])
             per, kind = h * w // merge**2, 2 if what == "video" else 1
@@ -164,6 +171,8 @@ def grid_batch(
         out |= {"pixel_values_videos": torch.cat(pixels["video"]), "video_grid_thw": torch.tensor(grids["video"])}
     if pixels["image"]:
         out |= {"pixel_values": torch.cat(pixels["image"]), "image_grid_thw": torch.tensor(grids["image"])}
+    if seconds:
+        out[seconds] = torch.ones(len(grids["video"]))
     return out
 
 
@@ -179,6 +188,9 @@ def grid_row(inputs: dict[str, Tensor], samples: list[list[Clip]], i: int) -> di
         sizes = grids.prod(-1).tolist()
         start = sum(sizes[:first])
         out[f"{kind}_grid_thw"] = grids[first : first + counts[i]]
+        for name in ("second_per_grid_ts", "video_second_per_grid"):
+            if kind == "video" and name in inputs:
+                out[name] = inputs[name][first : first + counts[i]]
         out[pixels] = inputs[pixels][start : start + sum(sizes[first : first + counts[i]])]
     return out
 

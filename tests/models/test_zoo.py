@@ -1,0 +1,89 @@
+"""Every family of the zoo: the unreduced model is sound, and what is attached to it changes only what it says."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import lru_cache
+
+import pytest
+import torch
+
+from tests.models import tiny, zoo
+
+MODULES = {m.name: f"tests.models.zoo.{m.name}" for m in pkgutil.iter_modules(zoo.__path__) if m.name[0] != "_"}
+
+
+def family(name):
+    """The zoo's module of a family that the installed transformers has."""
+    return importlib.import_module(MODULES[name])
+
+
+def available():
+    """Families that the installed transformers has."""
+    return [n for n in sorted(MODULES) if tiny.VERSION >= family(n).MIN_VERSION]
+
+
+NAMES = available()
+
+
+@lru_cache(maxsize=2)
+def made(name, attention="sdpa"):
+    """Model and batch of a family."""
+    module = family(name)
+    return module.make(attention), module.batch(module.ROWS)
+
+
+def logits(model, inputs):
+    """Logits of a forward without cache."""
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits
+
+
+def far(a, b):
+    """Largest difference."""
+    return (a - b).abs().max().item()
+
+
+def uncached(model, inputs, tokens):
+    """Logits of the steps, each computed from the start: ``[1, steps, V]``."""
+    out = []
+    for n in range(tokens.shape[1]):
+        grown = {k: grow(k, v, tokens[:, :n]) for k, v in inputs.items()}
+        out.append(logits(model, grown)[:, -1])
+    return torch.stack(out, 1)
+
+
+def grow(name, value, tokens):
+    """An argument of a prompt to which ``tokens`` were added."""
+    if name == "input_ids":
+        return torch.cat([value, tokens], 1)
+    if name == "attention_mask":
+        return torch.cat([value, torch.ones_like(tokens)], 1)
+    if name.endswith("token_type_ids"):
+        return torch.cat([value, torch.zeros_like(tokens, dtype=value.dtype)], 1)
+    return value
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestUnreduced:
+    """What the rest is measured by."""
+
+    def test_rows(self, name):
+        module, (model, inputs) = family(name), made(name)
+        with torch.no_grad():
+            out = model(**inputs, use_cache=False).logits
+        assert out.isfinite().all() and out.abs().max() < 1e3
+        for i in range(len(module.ROWS)):
+            real = inputs["attention_mask"][i].bool()
+            assert (
+                far(out[i, real], logits(model, module.row(inputs, module.ROWS, i))[0]) < 2e-5 * out.abs().max() + 2e-5
+            )
+
+    def test_cache(self, name):
+        module, (model, inputs) = family(name), made(name)
+        got, out = tiny.generate(model, inputs, 3)
+        for i in range(len(module.ROWS)):
+            one = module.row(inputs, module.ROWS, i)
+            tokens = out.sequences[i : i + 1, -3:]
+            assert far(got[i : i + 1], uncached(model, one, tokens)) < 1e-4 * got.abs().max() + 1e-5
