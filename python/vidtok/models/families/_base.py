@@ -86,6 +86,7 @@ class Family:
         positions: ``mrope`` takes rows of (time, height, width) ids, ``rope`` one row, ``none`` none.
         base_masks: whether the base makes the 4-D attention masks.
         images: whether ``images=true`` may reduce images; their grids are known then.
+        frames: whether videos come as images, one per frame; images of one frame are images then.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Family:
     positions: Literal["mrope", "rope", "none"] = "mrope"
     base_masks: bool = False
     images: bool = True
+    frames: bool = False
     notes: tuple[str, ...] = field(default=())
 
     def placeholder(self, config: Any, kind: str) -> int | None:
@@ -139,8 +141,13 @@ class Encoded:
     span: Span | None
 
 
-def grid_units(merge: str = "spatial_merge_size") -> Rule:
-    """Units of ``video_grid_thw`` and ``image_grid_thw``, merged by the vision config's attribute ``merge``."""
+def grid_units(merge: str = "spatial_merge_size", temporal: str = "") -> Rule:
+    """Units of ``video_grid_thw`` and ``image_grid_thw``.
+
+    Args:
+        merge: attribute of the vision config: patches of a token's side.
+        temporal: the same: grid steps of a video that become one; empty for one.
+    """
 
     def rule(media: Media) -> list[tuple[Tensor, Grid]]:
         grids = media.input("grid_thw" if media.encoded is not None else f"{media.kind}_grid_thw")
@@ -149,11 +156,30 @@ def grid_units(merge: str = "spatial_merge_size") -> Rule:
                 f"expected visual features with their grids ({media.kind}_grid_thw), got features made before attach "
                 "or split by prefill_chunk_size, which cannot be reduced"
             )
-        rows = repeated(grids.tolist(), media.encoded)
-        side = int(getattr(media.module.config.vision_config, merge))
-        return media.split([(int(t), int(h) // side, int(w) // side) for t, h, w in rows])
+        vision = media.module.config.vision_config
+        side = int(getattr(vision, merge))
+        steps = int(getattr(vision, temporal)) if temporal and media.kind == "video" else 1
+        rows = [(int(t) // steps, int(h) // side, int(w) // side) for t, h, w in grids.tolist()]
+        return media.split(repeated(joined(rows, media.encoded), media.encoded))
 
     return rule
+
+
+def joined(rows: list[Grid], encoded: Any) -> list[Grid]:
+    """Grids of a tower that was given each frame alone, put together to those of the units."""
+    parts = getattr(encoded, "pooler_output", None)
+    if not isinstance(parts, (list, tuple)) or len({id(part) for part in parts}) >= len(rows):
+        return rows
+    out: list[Grid] = []
+    start = 0
+    for size in (len(part) for part in {id(part): part for part in parts}.values()):
+        t, h, w = 0, *rows[start][1:]
+        while start < len(rows) and rows[start][1:] == (h, w) and (t + rows[start][0]) * h * w <= size:
+            t, start = t + rows[start][0], start + 1
+        if t * h * w != size:
+            return rows
+        out.append((t, h, w))
+    return out if start == len(rows) else rows
 
 
 def repeated(rows: list[Any], encoded: Any) -> list[Any]:

@@ -61,7 +61,7 @@ def has_media(arguments: dict[str, Any]) -> bool:
 def refuse_blind(family: Family, module: Any, arguments: dict[str, Any]) -> None:
     """Raise for a prompt whose video tokens come without pixels, as prefill_chunk_size makes them on 5.17."""
     ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
-    token = family.placeholder(module.config, "video")
+    token = family.placeholder(module.config, "image" if family.frames else "video")
     if token is None or ids is None or ids.shape[1] < 2 or cache is None or caches.physical_length(cache):
         return
     if bool((ids == token).any()):
@@ -87,7 +87,7 @@ def find_visual(
     length = ids.shape[1] if ids is not None else embeds.shape[1]  # type: ignore[union-attr]
     found: list[tuple[int, Tensor, Unit]] = []
     for kind, pixels in _PIXELS.items():
-        if kind == "image" and not images:
+        if family.frames and kind == "video" or kind == "image" and not (images or family.frames):
             continue
         if encoded.get(kind) is None and arguments.get(pixels) is None:
             continue
@@ -102,8 +102,13 @@ def find_visual(
         columns = torch.nonzero(place.reshape(-1)).squeeze(1)
         media = Media(module, kind, columns, length, arguments, encoded.get(kind), calls.get(kind, ()))
         parts = [(part, grid) for part, grid in family.units(media) if part.numel()]
+        kinds = ["video" if family.frames and grid[0] > 1 else kind for _, grid in parts]
         starts = torch.stack([part[0] for part, _ in parts]).tolist() if parts else []
-        found += [(s, part, Unit(kind, s // length, grid)) for s, (part, grid) in zip(starts, parts)]
+        found += [
+            (s, part, Unit(what, s // length, grid))
+            for s, (part, grid), what in zip(starts, parts, kinds)
+            if images or what == "video"
+        ]
     if not found:
         return None
     found.sort(key=lambda item: item[0])

@@ -1,0 +1,100 @@
+"""Rules for videos that are told apart by stretches of placeholder tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidtok.models.families._base import Grid, Media, Rule
+
+#: Height and width of a frame's tokens, from the model's config.
+Side = Callable[[Any], tuple[int, int]]
+
+
+def dense_units(side: Side | None = None, extra: int = 0) -> Rule:
+    """Units of videos ``[V, T, C, H, W]``: T frames of ``side`` tokens and ``extra`` special ones at the end.
+
+    Features ``[V·T, N, C]`` made before the call no longer tell videos apart: the text between them does.
+
+    Args:
+        side: of a frame; None where features, or pixels, tell it.
+        extra: special tokens behind the last frame, which count as text.
+    """
+
+    def rule(media: Media) -> list[tuple[Tensor, Grid]]:
+        if media.kind == "image":
+            return [(run, (1, 1, run.numel())) for run in media.runs()]
+        pixels = media.arguments.get("pixel_values_videos")
+        features = getattr(media.encoded, "pooler_output", None)
+        total, videos = media.columns.shape[0], 0
+        if media.encoded is None:
+            videos = len(pixels)
+            shape = side(media.module.config) if side else _square(total // max(videos * pixels.shape[1], 1))
+        elif side:
+            videos = len(features)
+            shape = side(media.module.config)
+        else:
+            shape = _square(features.shape[1])
+        per = shape[0] * shape[1]
+        parts = media.columns.split(total // videos) if videos and total % videos == 0 else media.runs()
+        units = []
+        for part in parts:
+            frames, rest = divmod(part.numel() - extra, per)
+            if rest or frames < 1:
+                raise ValueError(
+                    f"expected {per} tokens for each frame of a video and {extra} behind the last, "
+                    f"got {part.numel()} (prefill_chunk_size and truncated prompts cannot be reduced)"
+                )
+            units.append((part[: frames * per], (frames, *shape)))
+        return units
+
+    return rule
+
+
+def frame_units(gap: int = 12) -> Rule:
+    """Units of videos that come as images, a stretch of placeholders per frame.
+
+    Stretches of one length with at most ``gap`` tokens between them are frames of one video, unless the
+    text before one is the text before the first again, as where numbered frames restart. A stretch alone
+    is an image.
+    """
+
+    def rule(media: Media) -> list[tuple[Tensor, Grid]]:
+        runs = media.runs()
+        if not runs:
+            return []
+        ends = torch.stack([torch.stack([r[0], r[-1]]) for r in runs]).tolist()
+        ids = media.arguments.get("input_ids")
+        flat = None if ids is None else ids.reshape(-1).tolist()
+
+        def label(k: int) -> list[int] | None:
+            return None if flat is None else flat[max(ends[k][0] - 5, 0) : ends[k][0]]
+
+        groups: list[list[int]] = []
+        for k, run in enumerate(runs):
+            group = groups[-1] if groups else []
+            joined = bool(group) and (
+                ends[k][0] // media.length == ends[k - 1][0] // media.length
+                and ends[k][0] - ends[k - 1][1] - 1 <= gap
+                and run.numel() == runs[k - 1].numel()
+            )
+            if joined and len(group) > 1 and label(k) is not None:
+                joined = label(k) != label(group[0]) or label(group[1]) == label(group[0])
+            if joined:
+                group.append(k)
+            else:
+                groups.append([k])
+        return [
+            (torch.cat([runs[k] for k in group]), (len(group), *_square(runs[group[0]].numel()))) for group in groups
+        ]
+
+    return rule
+
+
+def _square(tokens: int) -> tuple[int, int]:
+    """Height and width of a frame: a square where that is possible, else a row."""
+    side = int(tokens**0.5)
+    return (side, side) if side * side == tokens else (1, tokens)
