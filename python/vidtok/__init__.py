@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from vidtok.kernels.reports import synchronize
     from vidtok.kernels.select import use_backend
     from vidtok.models.attach import attach
+    from vidtok.models.drop import Drop
     from vidtok.plan import Plan
 
 _MODULES = ("data", "kernels", "methods", "models", "ops", "plan", "spec", "systems", "training")
 _NAMES = {
+    "Drop": "vidtok.models.drop",
     "Plan": "vidtok.plan",
     "attach": "vidtok.models.attach",
     "synchronize": "vidtok.kernels.reports",
@@ -27,8 +29,8 @@ _NAMES = {
 }
 
 __all__ = [
-    "Plan", "__version__", "attach", "data", "kernels", "methods", "models", "ops", "spec", "synchronize",
-    "training", "use_backend",
+    "Drop", "Plan", "__version__", "attach", "data", "kernels", "methods", "models", "ops", "spec",
+    "synchronize", "training", "use_backend",
 ]  # fmt: skip
 
 
