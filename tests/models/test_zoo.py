@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tests.models import tiny, zoo
+from vidtok.models import attach
+from vidtok.models.families import FAMILIES
 
 MODULES = {m.name: f"tests.models.zoo.{m.name}" for m in pkgutil.iter_modules(zoo.__path__) if m.name[0] != "_"}
 
@@ -25,6 +27,7 @@ def available():
 
 
 NAMES = available()
+TAKEN = [n for n in NAMES if n in FAMILIES]
 
 
 @lru_cache(maxsize=2)
@@ -87,3 +90,39 @@ class TestUnreduced:
             one = module.row(inputs, module.ROWS, i)
             tokens = out.sequences[i : i + 1, -3:]
             assert far(got[i : i + 1], uncached(model, one, tokens)) < 1e-4 * got.abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", TAKEN)
+class TestVisual:
+    """Reduction before the first layer."""
+
+    def test_keep_all(self, name, attention):
+        model, inputs = made(name, attention)
+        before = logits(model, inputs)
+        with attach(model, visual=tiny.keep_all):
+            assert torch.equal(before, logits(model, inputs))
+        assert torch.equal(before, logits(model, inputs))
+
+    def test_rows(self, name, attention):
+        module, (model, inputs) = family(name), made(name, attention)
+        whole, _ = tiny.generate(model, inputs, 3)
+        right = module.batch(module.ROWS, side="right")
+        pixels = next(k for k, v in inputs.items() if k.startswith("pixel_values"))
+        with attach(model, visual=tiny.drop) as handle:
+            got, out = tiny.generate(model, inputs, 3)
+            assert sum(s.tokens_out for s in handle.report().samples) < sum(
+                s.tokens_in for s in handle.report().samples
+            )
+            assert len(handle.report().samples) == sum(map(len, module.ROWS))
+            scale = got.abs().max()
+            for i in range(len(module.ROWS)):
+                one = module.row(inputs, module.ROWS, i)
+                tokens = out.sequences[i : i + 1, -3:]
+                assert far(got[i : i + 1], uncached(model, one, tokens)) < 2e-5 * scale
+                after = logits(model, one)[:, -1]
+                assert far(got[i, 0], after[0]) < 2e-5 * scale
+            assert far(logits(model, right)[range(3), -1], got[:, 0]) < 2e-5 * scale
+            assert (got - whole).abs().amax((1, 2)).min() > 1e-3 * scale
+            other, _ = tiny.generate(model, {**inputs, pixels: inputs[pixels].flip(0)}, 1)
+            assert far(other, got[:, :1]) > 1e-3 * scale

@@ -1,11 +1,25 @@
-"""Qwen's video-language models."""
+"""Qwen's video-language models, and those built on their towers and decoders."""
 
 from __future__ import annotations
 
 from vidtok.models.families._base import Family, grid_units
 
+
+def _family(name: str, stem: str) -> Family:
+    return Family(name, f"{stem}Model", (f"{stem}ForConditionalGeneration",), grid_units())
+
+
 FAMILIES = (
-    Family("qwen2_vl", "Qwen2VLModel", ("Qwen2VLForConditionalGeneration",), grid_units()),
-    Family("qwen2_5_vl", "Qwen2_5_VLModel", ("Qwen2_5_VLForConditionalGeneration",), grid_units()),
-    Family("qwen3_vl", "Qwen3VLModel", ("Qwen3VLForConditionalGeneration",), grid_units()),
+    _family("qwen2_vl", "Qwen2VL"),
+    _family("qwen2_5_vl", "Qwen2_5_VL"),
+    _family("qwen3_vl", "Qwen3VL"),
+    _family("qwen3_vl_moe", "Qwen3VLMoe"),
+    _family("qwen3_5", "Qwen3_5"),
+    _family("qwen3_5_moe", "Qwen3_5Moe"),
+    _family("qwen4_exp", "Qwen4Exp"),
+    _family("qwen2_5_omni", "Qwen2_5OmniThinker"),
+    _family("qwen3_omni_moe", "Qwen3OmniMoeThinker"),
+    _family("cohere_compass", "CohereCompass"),
+    _family("cosmos3_edge", "Cosmos3Edge"),
+    _family("cosmos3_omni", "Cosmos3Omni"),
 )
