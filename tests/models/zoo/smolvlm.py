@@ -28,8 +28,13 @@ def make(attention: str = "sdpa", layers: int = 2, seed: int = 0) -> Any:
     return common.build(SmolVLMForConditionalGeneration, SmolVLMConfig(**config(layers)), attention, seed)
 
 
+def _spoken(frames: int, side: int, g: torch.Generator) -> list[int]:
+    """A sentence in front of the video, and the time of each frame in front of its tokens."""
+    return [*common.words(8, g), *_frames.runs(28)(frames, side, g)]
+
+
 def batch(samples: list[list[Clip]], side: str = "left", seed: int = 10) -> dict[str, Tensor]:
-    out = _frames.text(samples, _frames.runs(28), side, seed)
+    out = _frames.text(samples, _spoken, side, seed)
     clips = iter(_frames.pixels(samples))
     rows = [torch.cat([next(clips) for _ in row]) for row in samples]
     most = max(map(len, rows))

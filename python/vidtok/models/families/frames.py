@@ -1,0 +1,144 @@
+"""Families whose videos are frames, each a stretch of placeholder tokens of its own."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vidtok.models.families._base import Family, Grid, Media
+from vidtok.models.families._runs import frame_units
+
+_ADJACENT = frame_units(gap=4)
+
+
+def _packed(media: Media) -> list[tuple[Tensor, Grid]]:
+    """MiniCPM packs frames into one row of patches; frames of a video lie between marks without other text."""
+    name = "target_sizes_videos" if media.kind == "video" else "target_sizes"
+    sizes = media.input("target_sizes" if media.encoded is not None else name)
+    units = _ADJACENT(media)
+    if sizes is None or len(sizes) != sum(t for _, (t, _, _) in units):
+        return units
+    sized, at = [], 0
+    for part, (frames, rows, columns) in units:
+        height, width = (int(n) for n in sizes[at])
+        merge = math.isqrt(height * width // (rows * columns))
+        sized.append((part, (frames, height // merge, width // merge)))
+        at += frames
+    return sized
+
+
+def _pooled(media: Media) -> list[tuple[Tensor, Grid]]:
+    """Molmo 2 gives grids of pooled tokens with the call; with features made before, frames begin at a mark."""
+    if media.encoded is None:
+        grids = media.arguments.get("video_grids" if media.kind == "video" else "image_grids")
+        if grids is None:
+            raise ValueError(f"expected {media.kind}_grids with the pixels, got none")
+        if media.kind == "video":
+            return media.split([(int(t), int(h), int(w)) for t, h, w in grids.tolist()])
+        return media.split([(1, 1, int(a) * int(b) + int(h) * int(w)) for a, b, h, w in grids.tolist()])
+    parts = media.columns.split([len(part) for part in media.encoded.pooler_output])
+    ids = media.arguments.get("input_ids")
+    if media.kind == "image" or ids is None:
+        return [(part, (1, 1, part.numel())) for part in parts]
+    begun = (ids == media.module.config.frame_start_token_id).reshape(-1).cumsum(0)
+    units = []
+    for part in parts:
+        frames = int(torch.unique(begun[part]).numel())
+        per, rest = divmod(part.numel(), frames)
+        if rest:
+            frames, per = 1, part.numel()
+        side = math.isqrt(per)
+        units.append((part, (frames, side, side) if side * side == per else (frames, 1, per)))
+    return units
+
+
+FAMILIES = (
+    Family(
+        "minicpmv4_6",
+        "MiniCPMV4_6Model",
+        ("MiniCPMV4_6ForConditionalGeneration",),
+        _packed,
+        towers=("vision_tower",),
+        positions="rope",
+    ),
+    Family(
+        "minicpm_ocr",
+        "MiniCPMOcrModel",
+        ("MiniCPMOcrForConditionalGeneration",),
+        _packed,
+        towers=("vision_tower",),
+        positions="rope",
+    ),
+    Family(
+        "minicpmv4_7",
+        "MiniCPMV4_7Model",
+        ("MiniCPMV4_7ForConditionalGeneration",),
+        _packed,
+        towers=("vision_tower",),
+    ),
+    Family(
+        "molmo2",
+        "Molmo2Model",
+        ("Molmo2ForConditionalGeneration",),
+        _pooled,
+        towers=("vision_tower",),
+        positions="rope",
+        base_masks=True,
+        images=False,
+    ),
+    Family(
+        "smolvlm",
+        "SmolVLMModel",
+        ("SmolVLMForConditionalGeneration",),
+        # The text between two frames tells the time of the second.
+        frame_units(gap=18),
+        language="text_model",
+        towers=("vision_model",),
+        positions="rope",
+        images=False,
+        frames=True,
+    ),
+    Family(
+        "idefics3",
+        "Idefics3Model",
+        ("Idefics3ForConditionalGeneration",),
+        frame_units(),
+        language="text_model",
+        towers=("vision_model",),
+        positions="rope",
+        images=False,
+        frames=True,
+    ),
+    Family(
+        "ovis2",
+        "Ovis2Model",
+        ("Ovis2ForConditionalGeneration",),
+        frame_units(),
+        towers=("vision_tower",),
+        positions="rope",
+        images=False,
+        frames=True,
+    ),
+    Family(
+        "mistral3",
+        "Mistral3Model",
+        ("Mistral3ForConditionalGeneration",),
+        frame_units(),
+        towers=("vision_tower",),
+        positions="rope",
+        images=False,
+        frames=True,
+    ),
+    Family(
+        "llava_next",
+        "LlavaNextModel",
+        ("LlavaNextForConditionalGeneration",),
+        frame_units(),
+        towers=("vision_tower",),
+        positions="rope",
+        images=False,
+        frames=True,
+    ),
+)
