@@ -317,6 +317,15 @@ def test_an_exception_leaves_the_model_as_it_was(models, tmp_path):
     assert hooks(model) == before
 
 
+def test_another_attachment_after_an_exception(models, tmp_path):
+    model = fresh(models)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(model, tmp_path, [TokenReduction(visual=tiny.drop), Fails()]).train()
+    with vidtok.attach(model, visual=tiny.merge) as handle, torch.no_grad():
+        model(**labelled(ROWS), use_cache=False)
+        assert handle.report().samples
+
+
 def test_what_attach_refuses_is_refused_when_training_begins(models, tmp_path):
     model = fresh(models)
     before = hooks(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from vidtok import _check, spec
 from vidtok.models import families
+from vidtok.models.cost import costs
 from vidtok.models.report import Report
 from vidtok.models.visual import InputHook
 
@@ -54,6 +57,9 @@ class Handle:
 
     def __init__(self, hook: InputHook, handles: list[Any], spec: str) -> None:
         self._hook, self._handles, self.spec = hook, handles, spec
+        #: Whether the loop that the attachment was made for still runs; None for one that lasts until ``restore()``.
+        self.running: Callable[[], bool] | None = None
+        hook.handle = weakref.ref(self)
 
     @property
     def active(self) -> bool:
@@ -71,7 +77,7 @@ class Handle:
     def report(self) -> Report:
         """What the last prefill did; empty before the first."""
         record = self._hook.last
-        return Report() if record is None else record.report()
+        return Report() if record is None else record.report(costs(self._hook.language_model))
 
     def __enter__(self) -> Handle:
         return self
@@ -139,7 +145,13 @@ def install(kind: type[InputHook], model: nn.Module, visual: Any, decoder: Any, 
     """Put a hook at the input of the language model, and what ``decoder`` names inside it; see :func:`attach`."""
     places = families.locate(model)
     method = None if visual is None else spec.resolve(visual)
-    if any(isinstance(h, _Hook) and h.place == "visual" for h in places.language_model._forward_pre_hooks.values()):
+    for h in list(places.language_model._forward_pre_hooks.values()):
+        if not isinstance(h, _Hook) or h.place != "visual" or not h.owner.active:
+            continue
+        earlier = h.owner.handle()
+        if earlier is not None and earlier.running is not None and not earlier.running():
+            earlier.restore()
+            continue
         raise ValueError("expected a model without attachment at the language-model input, got one; restore() it first")
     dropper = None
     if decoder is not None:

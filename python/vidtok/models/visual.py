@@ -53,6 +53,8 @@ class InputHook:
         if self.images and not self.family.images:
             raise ValueError(f"expected images=false for {self.family.name}, whose images have no known grid, got true")
         self.active = True
+        self.language_model = places.language_model
+        self.handle: Any = lambda: None
         self.last: Record | None = None
         self._calls = threading.local()
 
@@ -215,6 +217,7 @@ class InputHook:
         plan, decide = self._decide(embeds, reducible)
         call.stage = "prefill"
         record = call.record = Record([] if reducible is None else reducible.units, plan, (batch, length), real)
+        record.before(cache, past + dropped)
         if self.decoder is not None and call.visual is not None:
             seen = call.visual
             call.tokens = Tokens.of(seen.columns.to(device), seen.units, seen.sizes, (batch, length), real)

@@ -88,10 +88,11 @@ class TokenReduction(TrainerCallback):
     # ------------------------------------------------------------------ events of the Trainer
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Attach to the model that is about to be trained."""
-        self.attach(model)
+        handle = self.attach(model)
         self._counted = dict.fromkeys(COUNTS, 0)
         self._training = _Running.find()
         if self._training is not None:
+            handle.running = self._training
             self._watch = model.register_forward_pre_hook(_Watch(self), prepend=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
