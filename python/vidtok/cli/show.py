@@ -56,7 +56,8 @@ def _print(outcome: Outcome) -> None:
         f"{len(video.index)} of {video.source_frames} frames, {width} x {height} pixels, "
         f"token grid {t} x {h} x {w} ({video.backend})"
     )
-    out.print(Text(f"visual={outcome.visual}"))
+    dropped = f" decoder={outcome.options.decoder}" if outcome.options.decoder else ""
+    out.print(Text(f"visual={outcome.visual}{dropped}"))
     out.print()
     if outcome.full is not None:
         _answer(out, "Unreduced", outcome.full_answer or "")
