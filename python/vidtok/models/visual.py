@@ -33,6 +33,7 @@ class Call:
         self.visual: Visual | None = None
         self.media = False
         self.mask: Tensor | None = None
+        self.types: Tensor | None = None
         self.towers: dict[str, list[dict[str, Any]]] = {}
         self.encoded: list[Span] = []
         self.state: State | None = None
@@ -49,6 +50,7 @@ class InputHook:
 
     def __init__(self, places: Places, method: Any, position: str, decoder: DecoderHook | None = None) -> None:
         self.family, self.method, self.position, self.decoder = places.family, method, position, decoder
+        self.base: nn.Module = places.base
         self.images = bool(getattr(method, "images", False))
         if self.images and not self.family.images:
             raise ValueError(f"expected images=false for {self.family.name}, whose images have no known grid, got true")
@@ -88,6 +90,7 @@ class InputHook:
         call.begun = True
         given = arguments.get("attention_mask")
         call.mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
+        call.types = arguments.get("token_type_ids", arguments.get("mm_token_type_ids"))
         call.media = families.has_media(arguments)
         if call.media:
             everything = self.images or self.decoder is not None
@@ -241,12 +244,18 @@ class InputHook:
         changed["inputs_embeds"] = ops.plan_apply(rows, embeds)
         # Always explicit: without a mask, gaps in positions would be read as borders between packed rows.
         full = torch.ones(batch, past + width, dtype=torch.long, device=device)
-        if self.family.base_masks and not (isinstance(given, Tensor) and given.dim() == 2):
+        remade = self.family.masks is not None
+        if self.family.base_masks and not remade and not (isinstance(given, Tensor) and given.dim() == 2):
             changed["attention_mask"] = columns.gathered(given, rows, valid, past)
         else:
             changed["attention_mask"] = full if mask is None else mask.long()
         number = columns.consecutive(mask, batch, past, width, device)
         self._place(call, changed, rows, number, past + dropped, length)
+        if remade:
+            types = call.types
+            if types is not None:
+                (types,) = ops.position_remap(rows, types[:, -length:].to(device), dim=-1, fill=0)
+            changed["attention_mask"] = self.family.masks(self.base, changed, types)  # type: ignore[misc]
         if call.tokens is not None:
             call.tokens = call.tokens.after(rows)
         if arguments.get("visual_pos_masks") is not None:
@@ -286,14 +295,13 @@ class InputHook:
         batch, length = embeds.shape[:2]
         device = embeds.device
         past = caches.physical_length(cache)
-        given = arguments.get("attention_mask")
+        # Text alone follows: causal masks do, also where the base makes others for visual tokens.
+        given = call.mask if self.family.base_masks else arguments.get("attention_mask")
         new = columns.new_columns(given, batch, length, past, cache, device)
         old = columns.past_columns(state, given, length, past, device)
         mask = columns.joined(old, new, batch, past, length, cache, device)
         changed = dict(arguments)
         changed["attention_mask"] = None if mask is None else mask.long()
-        if self.family.base_masks and not (isinstance(given, Tensor) and given.dim() == 2):
-            changed["attention_mask"] = given
         position = arguments.get("position_ids")
         _refuse_length(position, length)
         if self.family.positions == "mrope":
@@ -396,7 +404,8 @@ class InputHook:
     @staticmethod
     def _deepstack(changed: dict[str, Any], plan: Plan, rows: Plan, at: Tensor, real: Tensor | None) -> None:
         """Deepstack rows are the visual tokens in packed order: the same plan, counted in them."""
-        visual = changed["visual_pos_masks"].to(at.device)
+        given = changed["visual_pos_masks"].to(at.device)
+        visual = given[..., 0] if given.dim() == 3 else given
         flat = visual.reshape(-1)
         rank = flat.long().cumsum(0) - 1
         count = torch.tensor([0, int(rank[-1]) + 1], dtype=torch.int32, device=at.device)
@@ -407,7 +416,8 @@ class InputHook:
             ops.plan_apply(inner if e.device == at.device else inner.to(e.device), e)
             for e in changed["deepstack_visual_embeds"]
         ]
-        (changed["visual_pos_masks"],) = ops.position_remap(rows, visual, dim=-1, fill=0)
+        (kept,) = ops.position_remap(rows, visual, dim=-1, fill=0)
+        changed["visual_pos_masks"] = kept[..., None] if given.dim() == 3 else kept
 
 
 def _shorten(labels: Tensor, rows: Plan, valid: Tensor) -> None:

@@ -30,7 +30,8 @@ def text_config(layers: int = 2, **options: Any) -> dict[str, Any]:
 def rope(**options: Any) -> dict[str, Any]:
     """Rotary arguments of a text config on the installed version."""
     if VERSION[0] == 4:
-        return {"rope_theta": 1e4, "rope_scaling": {"rope_type": "default", **options}}
+        part = {k: options.pop(k) for k in ("partial_rotary_factor",) if k in options}
+        return {"rope_theta": 1e4, "rope_scaling": {"rope_type": "default", **options}, **part}
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **options}}
 
 

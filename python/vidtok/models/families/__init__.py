@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -101,6 +102,8 @@ def locate(model: Any) -> Places:
     for family in FAMILIES.values():
         if names & set(family.heads):
             base = inner if family.base in names else _unwrap(getattr(inner, family.inner))
+            if family.flat and family.base not in {cls.__name__ for cls in type(base).__mro__}:
+                return _places(replace(family, language=family.flat), inner, inner)
             return _places(family, inner, base)
         if family.base in names:
             return _places(family, None, inner)

@@ -80,11 +80,14 @@ class Family:
         units: rule that tells videos and images apart.
         inner: attribute of a head at which the base lies.
         language: attribute of the base at which the language model lies; empty when the base is it.
+        flat: where the language model lies in older versions, whose head is the base itself; empty for none such.
         towers: attributes of the base at which vision towers lie, for timing and grids.
         video: config attributes with the placeholder of videos, the first that is there counts.
         image: the same of images.
         positions: ``mrope`` takes rows of (time, height, width) ids, ``rope`` one row, ``none`` none.
         base_masks: whether the base makes the 4-D attention masks.
+        masks: makes them again for reduced rows, from the base, the language model's arguments and the
+            kinds of the tokens; without it they are cut out of those that the base made.
         images: whether ``images=true`` may reduce images; their grids are known then.
         frames: whether videos come as images, one per frame; images of one frame are images then.
     """
@@ -95,11 +98,13 @@ class Family:
     units: Rule
     inner: str = "model"
     language: str = "language_model"
+    flat: str = ""
     towers: tuple[str, ...] = ("visual",)
     video: tuple[str, ...] = ("video_token_id", "video_token_index")
     image: tuple[str, ...] = ("image_token_id", "image_token_index")
     positions: Literal["mrope", "rope", "none"] = "mrope"
     base_masks: bool = False
+    masks: Callable[[Any, dict[str, Any], Tensor | None], Any] | None = None
     images: bool = True
     frames: bool = False
     notes: tuple[str, ...] = field(default=())

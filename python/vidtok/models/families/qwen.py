@@ -5,8 +5,8 @@ from __future__ import annotations
 from vidtok.models.families._base import Family, grid_units
 
 
-def _family(name: str, stem: str) -> Family:
-    return Family(name, f"{stem}Model", (f"{stem}ForConditionalGeneration",), grid_units())
+def _family(name: str, stem: str, flat: str = "") -> Family:
+    return Family(name, f"{stem}Model", (f"{stem}ForConditionalGeneration",), grid_units(), flat=flat)
 
 
 FAMILIES = (
@@ -17,8 +17,8 @@ FAMILIES = (
     _family("qwen3_5", "Qwen3_5"),
     _family("qwen3_5_moe", "Qwen3_5Moe"),
     _family("qwen4_exp", "Qwen4Exp"),
-    _family("qwen2_5_omni", "Qwen2_5OmniThinker"),
-    _family("qwen3_omni_moe", "Qwen3OmniMoeThinker"),
+    _family("qwen2_5_omni", "Qwen2_5OmniThinker", "model"),
+    _family("qwen3_omni_moe", "Qwen3OmniMoeThinker", "model"),
     _family("cohere_compass", "CohereCompass"),
     _family("cosmos3_edge", "Cosmos3Edge"),
     _family("cosmos3_omni", "Cosmos3Omni"),
