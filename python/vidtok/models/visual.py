@@ -213,9 +213,7 @@ class InputHook:
         past = caches.physical_length(cache)
         dropped = 0 if state is None else state.dropped
         given = arguments.get("attention_mask")
-        real = columns.new_columns(
-            given if call.mask is None or not self.family.base_masks else call.mask, batch, length, past, cache, device
-        )
+        real = columns.new_columns(self._plain(call, given, cache), batch, length, past, cache, device)
         reducible = self._reducible(call.visual)
         plan, decide = self._decide(embeds, reducible)
         call.stage = "prefill"
@@ -296,7 +294,7 @@ class InputHook:
         device = embeds.device
         past = caches.physical_length(cache)
         # Text alone follows: causal masks do, also where the base makes others for visual tokens.
-        given = call.mask if self.family.base_masks else arguments.get("attention_mask")
+        given = self._plain(call, arguments.get("attention_mask"), cache)
         new = columns.new_columns(given, batch, length, past, cache, device)
         old = columns.past_columns(state, given, length, past, device)
         mask = columns.joined(old, new, batch, past, length, cache, device)
@@ -349,6 +347,10 @@ class InputHook:
         if plan.device != embeds.device:
             plan = plan.to(embeds.device)
         return plan, span.stop()
+
+    def _plain(self, call: Call, given: Any, cache: Any) -> Any:
+        """The mask of real tokens: what the base was given, where it makes 4-D masks of it."""
+        return call.mask if self.family.base_masks and not caches.is_static(cache) else given
 
     def _reducible(self, visual: Visual | None) -> Visual | None:
         """The units that the method acts on: images only when it asks for them."""
