@@ -27,17 +27,17 @@ def dense_units(side: Side | None = None, extra: int = 0) -> Rule:
     def rule(media: Media) -> list[tuple[Tensor, Grid]]:
         if media.kind == "image":
             return [(run, (1, 1, run.numel())) for run in media.runs()]
-        pixels = media.arguments.get("pixel_values_videos")
-        features = getattr(media.encoded, "pooler_output", None)
+        pixels: Any = media.arguments.get("pixel_values_videos")
+        features: Any = getattr(media.encoded, "pooler_output", None)
         total, videos = media.columns.shape[0], 0
         if media.encoded is None:
             videos = len(pixels)
-            shape = side(media.module.config) if side else _square(total // max(videos * pixels.shape[1], 1))
+            shape = side(media.module.config) if side else square(total // max(videos * pixels.shape[1], 1))
         elif side:
             videos = len(features)
             shape = side(media.module.config)
         else:
-            shape = _square(features.shape[1])
+            shape = square(features.shape[1])
         per = shape[0] * shape[1]
         parts = media.columns.split(total // videos) if videos and total % videos == 0 else media.runs()
         units = []
@@ -88,13 +88,13 @@ def frame_units(gap: int = 12) -> Rule:
             else:
                 groups.append([k])
         return [
-            (torch.cat([runs[k] for k in group]), (len(group), *_square(runs[group[0]].numel()))) for group in groups
+            (torch.cat([runs[k] for k in group]), (len(group), *square(runs[group[0]].numel()))) for group in groups
         ]
 
     return rule
 
 
-def _square(tokens: int) -> tuple[int, int]:
+def square(tokens: int) -> tuple[int, int]:
     """Height and width of a frame: a square where that is possible, else a row."""
     side = int(tokens**0.5)
     return (side, side) if side * side == tokens else (1, tokens)
