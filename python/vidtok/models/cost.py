@@ -163,6 +163,8 @@ def _widths(attention: Any, config: Any) -> tuple[int, int, int]:
     value = heads * value_dim if out is None else int(out.in_features)
     here = max(1, value // value_dim)
     groups = getattr(attention, "num_key_value_groups", None)
+    if hasattr(attention, "expand_kv"):  # multi-head latent attention that caches the latents
+        return here * key_dim, value, int(attention.kv_lora_rank) + int(attention.qk_rope_head_dim)
     kv_heads = here // int(groups) if groups else int(getattr(config, "num_key_value_heads", None) or here)
     return here * key_dim, value, kv_heads * (key_dim + value_dim)
 
