@@ -19,6 +19,27 @@ from vidtok.models.tokens import Tokens
 
 # Elements of the hidden states that are normalised and projected at once; bounds the memory of scoring.
 CHUNK = 1 << 21
+# What an attention may be made of; anything else could change queries or keys in an unknown way.
+_PARTS = frozenset(
+    [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "out_proj",
+        "qkv_proj",
+        "q_norm",
+        "k_norm",
+        "v_norm",
+        "qk_norm",
+        "q_layernorm",
+        "k_layernorm",
+        "o_norm",
+        "gate_proj",
+        "g_proj",
+        "rotary_emb",
+    ]
+)
 _INPUT_NORMS = ("input_layernorm", "operator_norm", "attn_norm", "attention_norm", "norm", "ln_1")
 
 
@@ -105,7 +126,9 @@ class Attention:
         if self.gated:
             out = out.view(*x.shape[:-1], self.heads, 2 * self.dim)[..., : self.dim]
             out = out.reshape(*x.shape[:-1], self.heads * self.dim)
-        return self._normed(out, "q", self.heads)
+        out = self._normed(out, "q", self.heads)
+        factor = getattr(self.module, "qk_scale_factor", None)
+        return out if factor is None else out * factor
 
     def key(self, x: Tensor) -> Tensor:
         """``[B, L, C]`` to ``[B, L, H, D]``, before rotation."""
@@ -118,7 +141,8 @@ class Attention:
         return self._normed(out, "k", self.kv_heads)
 
     def _normed(self, x: Tensor, which: str, heads: int) -> Tensor:
-        norm = next((n for n in (f"{which}_norm", f"{which}_layernorm") if getattr(self.module, n, None)), None)
+        names = (f"{which}_norm", f"{which}_layernorm", "qk_norm")
+        norm = next((n for n in names if getattr(self.module, n, None) is not None), None)
         shape = (*x.shape[:-1], heads, self.dim)
         if norm is None:
             return x.view(shape)
@@ -169,14 +193,20 @@ def find_attention(layer: nn.Module) -> Attention:
         for m in layer.children()
         if getattr(m, "k_proj", None) is not None or getattr(m, "qkv_proj", None) is not None
     ]
-    name = type(layer).__name__
     if len(found) != 1:
-        inner = ", ".join(type(m).__name__ for m in layer.children())
-        raise ValueError(f"expected a layer with q_proj and k_proj or qkv_proj for attn, got {name} with {inner}")
+        raise ValueError(
+            f"expected attention with q_proj and k_proj, or qkv_proj, for attn, got {type(layer).__name__}"
+        )
     module: Any = found[0]
     config = getattr(module, "config", None)
+    name = type(module).__name__
     if getattr(module, "attn_logit_softcapping", None):
-        raise ValueError(f"expected attention without soft-capped logits for attn, got {type(module).__name__}")
+        raise ValueError(f"expected attention without soft-capped logits for attn, got {name}")
+    foreign = [
+        child for child, m in module.named_children() if child not in _PARTS and any(True for _ in m.parameters())
+    ]
+    if foreign:
+        raise ValueError(f"expected attention of known parts for attn, got {name} with {', '.join(foreign)}")
     dim = int(getattr(module, "head_dim", 0) or config.hidden_size // config.num_attention_heads)  # type: ignore[union-attr]
     fused, output = _fused(module), getattr(module, "o_proj", None)
     if fused is not None:
@@ -189,9 +219,9 @@ def find_attention(layer: nn.Module) -> Attention:
         kv_heads = int(module.k_proj.out_features) // dim
         gated = made == 2 * heads
         if made not in (heads, 2 * heads):
-            raise ValueError(f"expected q_proj of {heads} heads, got {made} in {type(module).__name__}")
+            raise ValueError(f"expected q_proj of {heads} heads, got {made} in {name}")
     if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"expected a multiple of {kv_heads} key heads, got {heads} in {type(module).__name__}")
+        raise ValueError(f"expected a multiple of {kv_heads} key heads, got {heads} in {name}")
     return Attention(module, _input_norm(layer), heads, kv_heads, dim, gated, _rotation(module))
 
 
