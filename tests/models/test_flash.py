@@ -10,7 +10,7 @@ import torch
 
 import vidtok
 from tests.models import flash, tiny
-from vidtok.models.visual import VisualHook
+from vidtok.models.visual import InputHook
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 TEXT = torch.arange(20, 27)[None]
@@ -173,13 +173,13 @@ def test_a_video_in_the_second_turn_is_one_sequence(pairs, calls, kind, monkeypa
     with vidtok.attach(fast, visual="uniform:ratio=0.5"):
         torch.testing.assert_close(second_turn(fast, kind), right, **CLOSE)
         assert not {c for c in calls if c[0] == "varlen" and c[2]}
-        keep = VisualHook._positions
+        keep = InputHook._positions
 
         def gapped(self, position, rows, number):
             first = position[:1].gather(-1, rows.anchor.long()[None, None])
             return torch.cat([first, keep(self, position, rows, number)[1:]])
 
-        monkeypatch.setattr(VisualHook, "_positions", gapped)
+        monkeypatch.setattr(InputHook, "_positions", gapped)
         try:
             wrong = second_turn(fast, kind)
         except RuntimeError:  # 4.57 looks for position 0, and this turn has none
