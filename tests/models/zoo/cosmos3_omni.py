@@ -4,7 +4,7 @@ from functools import partial
 
 from tests.models.zoo import _common, _grids
 
-NAME, MIN_VERSION, ROWS = "cosmos3_omni", (5, 23), _common.ROWS
+NAME, MIN_VERSION, ROWS = "cosmos3_omni", (5, 17), _common.ROWS
 batch, row = partial(_common.grid_batch, stamps=True), _common.grid_row
 
 
