@@ -48,11 +48,14 @@ def far(a, b):
     return (a - b).abs().max().item()
 
 
-def uncached(model, inputs, tokens):
-    """Logits of the steps, each computed from the start: ``[1, steps, V]``."""
+def uncached(model, inputs, tokens, answers=False):
+    """Logits of the steps, each computed from the start: ``[1, steps, V]``; labels tell ``answers`` from the prompt."""
     out = []
     for n in range(tokens.shape[1]):
         grown = {k: grow(k, v, tokens[:, :n]) for k, v in inputs.items()}
+        if answers and n:
+            labels = torch.full_like(inputs["input_ids"], -100)
+            grown["labels"] = torch.cat([labels, tokens[:, :n]], 1)
         out.append(logits(model, grown)[:, -1])
     return torch.stack(out, 1)
 
@@ -120,9 +123,32 @@ class TestVisual:
                 one = module.row(inputs, module.ROWS, i)
                 tokens = out.sequences[i : i + 1, -3:]
                 assert far(got[i : i + 1], uncached(model, one, tokens)) < 2e-5 * scale
-                after = logits(model, one)[:, -1]
-                assert far(got[i, 0], after[0]) < 2e-5 * scale
             assert far(logits(model, right)[range(3), -1], got[:, 0]) < 2e-5 * scale
             assert (got - whole).abs().amax((1, 2)).min() > 1e-3 * scale
             other, _ = tiny.generate(model, {**inputs, pixels: -inputs[pixels]}, 1)
             assert far(other, got[:, :1]) > 1e-3 * scale
+
+
+@pytest.mark.parametrize("kind", ["uni", "attn"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", TAKEN)
+class TestDecoder:
+    """Reduction between the layers."""
+
+    def test_rows(self, name, attention, kind):
+        module, (model, inputs) = family(name), made(name, attention)
+        whole, _ = tiny.generate(model, inputs, 3)
+        right = module.batch(module.ROWS, side="right")
+        pixels = next(k for k, v in inputs.items() if k.startswith("pixel_values"))
+        with attach(model, decoder=f"{kind}_{getattr(module, 'DROP_AT', 1)}_0.5"):
+            got, out = tiny.generate(model, inputs, 3)
+            scale = got.abs().max()
+            for i in range(len(module.ROWS)):
+                one = module.row(inputs, module.ROWS, i)
+                tokens = out.sequences[i : i + 1, -3:]
+                assert far(got[i : i + 1], uncached(model, one, tokens, kind == "attn")) < 2e-5 * scale
+            assert far(logits(model, right)[range(3), -1], got[:, 0]) < 2e-5 * scale
+            assert (got - whole).abs().amax((1, 2)).min() > 1e-4 * scale
+            other, _ = tiny.generate(model, {**inputs, pixels: inputs[pixels].flip(0)}, 1)
+            assert far(other, got[:, :1]) > 1e-4 * scale
+        assert torch.equal(tiny.generate(model, inputs, 1)[0], whole[:, :1])

@@ -4,9 +4,9 @@ from functools import partial
 
 from tests.models import tiny
 
-NAME, MIN_VERSION, ROWS = "qwen3_vl", (4, 57), tiny.ROWS
+NAME, MIN_VERSION, ROWS, DROP_AT = "qwen3_vl", (4, 57), tiny.ROWS, 2
 batch, row = partial(tiny.batch, NAME), tiny.row
 
 
-def make(attention: str = "sdpa", layers: int = 2, seed: int = 0) -> object:
+def make(attention: str = "sdpa", layers: int = 3, seed: int = 0) -> object:
     return tiny.make(NAME, attention, layers, seed)
