@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vidtok import _check, spec
 from vidtok.models import families
@@ -79,6 +80,29 @@ class Handle:
         record = self._hook.last
         return Report() if record is None else record.report(costs(self._hook.language_model))
 
+    def tokens(
+        self, where: Sequence[tuple[int, int, int]] | Tensor, frames: int | Sequence[int] = 1
+    ) -> AbstractContextManager[None]:
+        """Name the visual tokens of the calls inside a ``with`` block, in this thread.
+
+        A plain language model cannot tell them from text; a video-language model takes these in place of
+        those that it finds itself.
+
+        Args:
+            where: ``(row, start, stop)`` of each video, in columns of the rows as they are given, padding
+                and earlier turns counted; or bool ``[B, L]``, whose stretches of True are videos each
+                (with beam search only this form knows the number of rows).
+            frames: of each video, or of all; a video's tokens lie frame by frame.
+
+        Raises:
+            ValueError: stretches that overlap, or that frames do not divide.
+
+        Example:
+            >>> with handle.tokens([(0, 4, 68)], frames=16):  # doctest: +SKIP
+            ...     model.generate(inputs_embeds=embeds, attention_mask=mask)
+        """
+        return self._hook.named.use(where, frames)
+
     def __enter__(self) -> Handle:
         return self
 
@@ -96,6 +120,7 @@ def attach(
     visual: Any = None,
     decoder: Any = None,
     position: str = "keep",
+    visual_token_id: int | None = None,
 ) -> Handle:
     r"""Reduce the visual tokens of a Hugging Face video-language model.
 
@@ -114,6 +139,8 @@ def attach(
         vision: reductions inside the vision tower; not available in this version.
         position: ``"keep"`` leaves every kept token its coordinates and text its positions;
             ``"renumber"`` counts the tokens that remain, decoded ones too.
+        visual_token_id: for plain language models only: the id whose stretches in ``input_ids`` are
+            visual tokens, a frame each; without it :meth:`Handle.tokens` names them.
 
     Returns:
         A handle with ``restore()`` and ``report()``, which is also a context manager.
@@ -131,19 +158,26 @@ def attach(
         raise ValueError(
             "expected vision=None, got a spec: reductions in the vision tower are not available in this version"
         )
-    if position not in _POSITIONS:
-        _check.fail(f"position to be one of {', '.join(map(repr, _POSITIONS))}", repr(position))
     if visual is None and decoder is None:
         raise ValueError(
             "expected visual= to name a method such as 'uniform:ratio=0.5', or decoder= stages such as 'uni_7_0.5', "
             "got nothing to attach"
         )
-    return install(InputHook, model, visual, decoder, position)
+    return install(InputHook, model, visual, decoder, position, visual_token_id)
 
 
-def install(kind: type[InputHook], model: nn.Module, visual: Any, decoder: Any, position: str) -> Handle:
+def install(
+    kind: type[InputHook], model: nn.Module, visual: Any, decoder: Any, position: str, token: int | None = None
+) -> Handle:
     """Put a hook at the input of the language model, and what ``decoder`` names inside it; see :func:`attach`."""
+    if position not in _POSITIONS:
+        _check.fail(f"position to be one of {', '.join(map(repr, _POSITIONS))}", repr(position))
     places = families.locate(model)
+    if token is not None and not places.family.plain:
+        raise ValueError(
+            f"expected visual_token_id= for a plain language model only, got it for {type(places.base).__name__}, "
+            "whose visual tokens are known"
+        )
     method = None if visual is None else spec.resolve(visual)
     for h in list(places.language_model._forward_pre_hooks.values()):
         if not isinstance(h, _Hook) or h.place != "visual" or not h.owner.active:
@@ -161,6 +195,7 @@ def install(kind: type[InputHook], model: nn.Module, visual: Any, decoder: Any, 
         drop = resolve_drop(decoder)
         dropper = DecoderHook(places.language_model, drop, position)
     hook = kind(places, method, position, dropper)
+    hook.named.token = token
     rotary = []
     if method is not None and position == "keep" and places.family.positions == "rope":
         rotary = [m for m in places.language_model.modules() if type(m).__name__.endswith("RotaryEmbedding")]

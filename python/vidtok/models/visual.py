@@ -14,6 +14,7 @@ from vidtok.models import cache as caches
 from vidtok.models import columns, families
 from vidtok.models.cache import State
 from vidtok.models.families import Encoded, Places, Visual
+from vidtok.models.named import Named
 from vidtok.models.report import Record, Span
 from vidtok.models.tokens import Tokens
 from vidtok.plan import Plan
@@ -51,6 +52,7 @@ class InputHook:
     def __init__(self, places: Places, method: Any, position: str, decoder: DecoderHook | None = None) -> None:
         self.family, self.method, self.position, self.decoder = places.family, method, position, decoder
         self.base: nn.Module = places.base
+        self.named = Named()
         self.images = bool(getattr(method, "images", False))
         if self.images and not self.family.images:
             raise ValueError(f"expected images=false for {self.family.name}, whose images have no known grid, got true")
@@ -97,6 +99,12 @@ class InputHook:
             call.visual = families.find_visual(self.family, module, arguments, everything, call.towers)
         else:
             families.refuse_blind(self.family, module, arguments)
+        if self.named.active():
+            cache = arguments.get("past_key_values")
+            state = caches.state_of(cache)
+            start = caches.physical_length(cache) + (0 if state is None else state.dropped)
+            named = self.named.find(module, arguments, start)
+            call.visual, call.media = named or call.visual, call.media or named is not None
         return self._base_mask(arguments) if self.family.base_masks else None
 
     def _base_mask(self, arguments: dict[str, Any]) -> Any:
@@ -149,7 +157,7 @@ class InputHook:
         state = caches.state_of(cache)
         if state is None and (call is None or not call.media):
             return None
-        if call is None or call.owner is module:
+        if call is None or (call.owner is module and module is not self.base):
             call = self._calls.call = Call(module)
             call.begun = True
         embeds = arguments.get("inputs_embeds")

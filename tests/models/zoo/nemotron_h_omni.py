@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.models.zoo import _common, _frames, nemotron_h
+from tests.models.zoo import _common, _frames, _nemotron_h
 
 NAME, MIN_VERSION = "nemotron_h_omni", (5, 23)
 ROWS: list[list[_common.Clip]] = [[("video", 3, 56)], [("video", 2, 56), ("video", 2, 56)], [("video", 2, 84)]]
@@ -15,7 +15,7 @@ def make(attention: str = "sdpa", layers: int = 3, seed: int = 0) -> Any:
     from transformers import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
 
     config = NemotronH_Omni_Reasoning_V3_Config(
-        text_config={"model_type": "nemotron_h", **nemotron_h.text(layers)},
+        text_config={"model_type": "nemotron_h", **_nemotron_h.text(layers)},
         vision_config={
             "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2.0, "patch_size": 14,
             "image_size": 56, "max_img_size": 112, "num_cls_tokens": 1, "num_registers": 1, "summary_idxs": [0],
@@ -24,7 +24,7 @@ def make(attention: str = "sdpa", layers: int = 3, seed: int = 0) -> Any:
         audio_config=None, vision_hidden_size=32, projector_hidden_size=64, force_image_size=56,
         image_token_id=_common.IMAGE, video_token_id=_common.VIDEO, audio_token_id=_common.AUDIO,
     )  # fmt: skip
-    return nemotron_h.sharpen(_common.build(NemotronH_Omni_Reasoning_V3, config, attention, seed))
+    return _common.build(NemotronH_Omni_Reasoning_V3, config, attention, seed)
 
 
 def batch(samples: list[list[_common.Clip]], side: str = "left", seed: int = 10) -> dict[str, Tensor]:

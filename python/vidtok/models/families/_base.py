@@ -90,6 +90,7 @@ class Family:
             kinds of the tokens; without it they are cut out of those that the base made.
         images: whether ``images=true`` may reduce images; their grids are known then.
         frames: whether videos come as images, one per frame; images of one frame are images then.
+        plain: whether it is a language model only, whose visual tokens the caller names.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Family:
     masks: Callable[[Any, dict[str, Any], Tensor | None], Any] | None = None
     images: bool = True
     frames: bool = False
+    plain: bool = False
     notes: tuple[str, ...] = field(default=())
 
     def placeholder(self, config: Any, kind: str) -> int | None:

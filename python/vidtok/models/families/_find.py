@@ -87,7 +87,7 @@ def find_visual(
     length = ids.shape[1] if ids is not None else embeds.shape[1]  # type: ignore[union-attr]
     found: list[tuple[int, Tensor, Unit]] = []
     for kind, pixels in _PIXELS.items():
-        if family.frames and kind == "video" or kind == "image" and not (images or family.frames):
+        if (family.frames and kind == "video") or (kind == "image" and not (images or family.frames)):
             continue
         if encoded.get(kind) is None and arguments.get(pixels) is None:
             continue

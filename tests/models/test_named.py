@@ -1,0 +1,168 @@
+"""Plain language models: the caller names the visual tokens."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import vidtok
+from tests.models import plain, tiny
+
+KINDS = ["qwen2", "qwen3", "llama", "mistral"] + (["nemotron_h"] if tiny.VERSION >= (5, 17) else [])
+TEXT = {"mistral": {"sliding_window": 16}, "qwen3": {"head_dim": 16}}
+ROWS = [(5, 24, 6), (3, 32, 9), (7, 16, 4)]
+STEPS = 3
+
+
+def prompt():
+    """Left-padded rows and the columns of a video of eight frames in each."""
+    g = torch.Generator().manual_seed(0)
+    length = max(map(sum, ROWS))
+    ids, mask = torch.zeros(2, 3, length, dtype=torch.long)
+    spans = []
+    for i, (before, visual, after) in enumerate(ROWS):
+        first = length - before - visual - after
+        ids[i, first:] = torch.randint(5, 240, (length - first,), generator=g)
+        mask[i, first:] = 1
+        spans.append((i, first + before, first + before + visual))
+    return ids, mask, spans
+
+
+def steps(model, ids, tokens, mask=None):
+    """Logits of each step, computed from the start."""
+    out = []
+    for n in range(tokens.shape[1]):
+        given = {} if mask is None else {"attention_mask": torch.cat([mask, torch.ones_like(tokens[:, :n])], 1)}
+        out.append(model(input_ids=torch.cat([ids, tokens[:, :n]], 1), use_cache=False, **given).logits[:, -1])
+    return torch.stack(out, 1)
+
+
+def far(a, b):
+    """Largest difference."""
+    return (a - b).abs().max().item()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_cached_equals_uncached_equals_alone(kind, attention):
+    model = plain.make(kind, attention, **TEXT.get(kind, {}))
+    ids, mask, spans = prompt()
+    before = model(input_ids=ids, attention_mask=mask).logits
+    with vidtok.attach(model, visual=tiny.drop) as handle:
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+        with handle.tokens(spans, frames=8):
+            got, out = tiny.generate(model, {"input_ids": ids, "attention_mask": mask}, STEPS)
+            tokens = out.sequences[:, -STEPS:]
+            assert far(got, steps(model, ids, tokens, mask)) < 2e-5
+            embeds = model.get_input_embeddings()(ids)
+            assert far(model(inputs_embeds=embeds, attention_mask=mask).logits[:, -1], got[:, 0]) < 2e-5
+        report = handle.report()
+        assert report.tokens_in == [35, 44, 27] and report.tokens_out == [23, 28, 19]
+        assert [sample.grid_thw[0] for sample in report.samples] == [8, 8, 8]
+        for i, (first, visual, last) in enumerate(ROWS):
+            own = ids[i : i + 1, -(first + visual + last) :]
+            with handle.tokens([(0, first, first + visual)], frames=8):
+                assert far(got[i : i + 1], steps(model, own, tokens[i : i + 1])) < 2e-5
+        assert far(got[:, 0], before[:, -1]) > 1e-2
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+
+
+@torch.no_grad()
+def test_mask_and_token_id_name_the_same():
+    model = plain.make("qwen2")
+    ids, mask, spans = prompt()
+    where = torch.zeros_like(ids, dtype=torch.bool)
+    for row, start, stop in spans:
+        where[row, start:stop] = True
+    ids[where] = 255
+    with vidtok.attach(model, visual=tiny.drop) as handle:
+        with handle.tokens(spans):
+            first = model(input_ids=ids, attention_mask=mask).logits
+        with handle.tokens(where):
+            assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, first)
+    with vidtok.attach(model, visual=tiny.drop, visual_token_id=255):
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, first)
+        got, out = tiny.generate(model, {"input_ids": ids, "attention_mask": mask}, STEPS, suppress_tokens=[255])
+        assert far(got, steps(model, ids, out.sequences[:, -STEPS:], mask)) < 2e-5
+
+
+@torch.no_grad()
+def test_beams_repeat_the_rows_of_a_mask():
+    model = plain.make("qwen2")
+    ids, mask, spans = prompt()
+    where = torch.zeros_like(ids, dtype=torch.bool)
+    for row, start, stop in spans:
+        where[row, start:stop] = True
+    options = {"num_beams": 2, "do_sample": False, "max_new_tokens": STEPS}
+    with vidtok.attach(model, visual=tiny.drop) as handle, handle.tokens(where, frames=8):
+        cached = model.generate(input_ids=ids, attention_mask=mask, **options)
+        uncached = model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options)
+    assert torch.equal(cached, uncached)
+
+
+@torch.no_grad()
+def test_second_turn_counts_earlier_columns():
+    if tiny.VERSION[0] == 4:
+        return
+    model = plain.make("qwen2")
+    g = torch.Generator().manual_seed(5)
+    one, two = (torch.randint(5, 240, (1, n), generator=g) for n in (30, 26))
+    both = torch.cat([one, two], 1)
+    with vidtok.attach(model, visual=tiny.drop) as handle, handle.tokens([(0, 4, 24), (0, 36, 52)], frames=4):
+        held = model(input_ids=one, use_cache=True).past_key_values
+        got = model(input_ids=two, past_key_values=held).logits[:, -1]
+        assert held.get_query_offset() == 30 + 26 - 10 - 8
+        assert far(got, model(input_ids=both, use_cache=False).logits[:, -1]) < 2e-5
+
+
+@torch.no_grad()
+def test_other_threads_are_not_named():
+    model = plain.make("qwen2")
+    ids, mask, spans = prompt()
+    whole = model(input_ids=ids, attention_mask=mask).logits
+    found = []
+
+    def run():
+        with torch.no_grad():
+            found.append(model(input_ids=ids, attention_mask=mask).logits)
+
+    with vidtok.attach(model, visual=tiny.drop) as handle, handle.tokens(spans):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], whole)
+
+
+@torch.no_grad()
+def test_named_tokens_take_the_place_of_found_ones():
+    model = tiny.make("qwen2_5_vl", layers=2)
+    inputs = tiny.batch("qwen2_5_vl", [[("video", 4, 56), ("video", 4, 56)]])
+    columns = (inputs["input_ids"][0] == tiny.VIDEO).nonzero().squeeze(1)
+    first = (0, int(columns[0]), int(columns[0]) + 8)
+    with vidtok.attach(model, visual=tiny.drop) as handle, handle.tokens([first], frames=2):
+        model(**inputs)
+        assert [(s.tokens_in, s.tokens_out) for s in handle.report().samples] == [(8, 4)]
+
+
+def test_refusals():
+    model = plain.make("qwen2", layers=1)
+    ids, mask, _ = prompt()
+    with vidtok.attach(model, visual=tiny.drop) as handle:
+        for where, frames, what in (
+            ([(0, 4, 4)], 1, "start < stop"),
+            ([(0, 4, 8), (0, 6, 9)], 1, "do not overlap"),
+            ([(0, 4, 8)], 3, "frames of equal size"),
+            ([(0, 4, 8)], [1, 2], "frames for 1 stretches"),
+            (mask, 1, "bool mask"),
+        ):
+            with pytest.raises(ValueError, match=what), handle.tokens(where, frames):
+                raise AssertionError(where)
+        for where, what in (([(3, 4, 8)], "rows 0 to 2"), ([(0, 40, 48)], "in one pass")):
+            with pytest.raises(ValueError, match=what), handle.tokens(where):
+                model(input_ids=ids, attention_mask=mask)
+        assert not model.model._forward_pre_hooks or handle.active
+    with pytest.raises(ValueError, match="plain language model only"):
+        vidtok.attach(tiny.make("qwen2_vl", layers=1), visual=tiny.drop, visual_token_id=255)
