@@ -21,24 +21,9 @@ from vidtok.models.tokens import Tokens
 CHUNK = 1 << 21
 # What an attention may be made of; anything else could change queries or keys in an unknown way.
 _PARTS = frozenset(
-    [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "out_proj",
-        "qkv_proj",
-        "q_norm",
-        "k_norm",
-        "v_norm",
-        "qk_norm",
-        "q_layernorm",
-        "k_layernorm",
-        "o_norm",
-        "gate_proj",
-        "g_proj",
-        "rotary_emb",
-    ]
+    {f"{x}_proj" for x in ("q", "k", "v", "o", "out", "qkv", "gate", "g")}
+    | {f"{x}_norm" for x in ("q", "k", "v", "o", "qk")}
+    | {"q_layernorm", "k_layernorm", "rotary_emb"}
 )
 _INPUT_NORMS = ("input_layernorm", "operator_norm", "attn_norm", "attention_norm", "norm", "ln_1")
 
@@ -193,6 +178,11 @@ def find_attention(layer: nn.Module) -> Attention:
         for m in layer.children()
         if getattr(m, "k_proj", None) is not None or getattr(m, "qkv_proj", None) is not None
     ]
+    mixed = [n for n, _ in layer.named_children() if "altup" in n or "hyper_connection" in n]
+    if mixed:
+        raise ValueError(
+            f"expected a layer of one residual stream for attn, got {type(layer).__name__} with {mixed[0]}"
+        )
     if len(found) != 1:
         raise ValueError(
             f"expected attention with q_proj and k_proj, or qkv_proj, for attn, got {type(layer).__name__}"
@@ -236,9 +226,22 @@ def _input_norm(layer: nn.Module) -> nn.Module | None:
     raise ValueError(f"expected {type(layer).__name__} to have an input norm, got {known}")
 
 
+# Families of transformers some of whose layers have no positions, and which ones these are.
+_UNROTATED: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(
+        ("exaone4", "exaone4_5", "exaone_moe", "kolibri1"), lambda m: m.sliding_window and not m.is_sliding
+    ),
+    **dict.fromkeys(("cohere2", "cohere2_moe", "flint"), lambda m: not m.sliding_window),
+    "afmoe": lambda m: not m.is_local_attention,
+}
+
+
 def _rotation(module: Any) -> Callable[..., Any] | None:
     """The function by which the attention's own forward rotates, None when it does not."""
     if getattr(module, "use_rope", True) in (False, 0):
+        return None
+    rule = _UNROTATED.get(type(module).__module__.split(".")[-2])
+    if rule is not None and rule(module):
         return None
     forward = inspect.unwrap(type(module).forward)
     names = [n for n in forward.__code__.co_names if n.startswith("apply_") and "rot" in n]
