@@ -6,16 +6,8 @@ which 4.57 knows too.
 
 from __future__ import annotations
 
-from typing import Any
+from transformers import AutoModelForImageTextToText as AutoModelForVision2Seq
 
 from vidtok.systems.prunevid import Qwen25VLPruneVid, Qwen25VLStage1Wrapper, Qwen25VLStage1WrapperV2
 
 __all__ = ["AutoModelForVision2Seq", "Qwen25VLPruneVid", "Qwen25VLStage1Wrapper", "Qwen25VLStage1WrapperV2"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "AutoModelForVision2Seq":
-        from transformers import AutoModelForImageTextToText
-
-        return AutoModelForImageTextToText
-    raise AttributeError(f"module 'qwen_prunevid' has no attribute '{name}'")

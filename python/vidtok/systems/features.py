@@ -109,13 +109,14 @@ class FeatureHook(InputHook):
     def base_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Merge, and give the model ids, mask and positions of what remains."""
         self._calls.early = None
+        arguments = families.named_arguments(module, args, kwargs)
+        _refuse_repeated((arguments.get("mm_encoder_outputs") or {}).get("video"))
         returned = super().base_pre(module, args, kwargs)
         call = self._call()
         if call is None or call.visual is None or self.gate.grids is None:
             return returned
         if not any(unit.kind == "video" for unit in call.visual.units):
             return returned
-        arguments = families.named_arguments(module, args, kwargs)
         early = self._calls.early = self._merged(call, module, arguments)
         cache, given = arguments.get("past_key_values"), arguments.get("inputs_embeds")
         embed: Any = module.get_input_embeddings
@@ -147,7 +148,8 @@ class FeatureHook(InputHook):
         self._calls.merged = None
         if found is None:
             raise ValueError("expected video features that get_video_features made while attached, got others")
-        return _Early(call, *found, features)
+        plan, span = found
+        return _Early(call, plan, span, features)
 
     def _decide(self, embeds: Tensor, visual: Visual | None) -> tuple[Plan | None, Span | None]:
         early = self.early()
@@ -165,6 +167,16 @@ class FeatureHook(InputHook):
         if early is not None and early.done:
             return None
         return super()._prefill(call, arguments, embeds, cache, state)
+
+
+def _refuse_repeated(output: Any) -> None:
+    """Raise where ``generate`` has repeated merged features, by counting placeholders that were not merged yet."""
+    found = getattr(output, _TAG, None)
+    if found is not None and len(output.pooler_output) != found[0].num_sequences:
+        raise ValueError(
+            f"expected the features of {found[0].num_sequences} merged videos, got {len(output.pooler_output)}: this "
+            "transformers repeats them for beams and num_return_sequences by their unmerged length, use version 2"
+        )
 
 
 def _full_positions(module: Any, arguments: dict[str, Any]) -> Any:

@@ -123,7 +123,8 @@ class Stage1:
         self.model = model
         self.verbose = verbose
         places = families.locate(model)
-        merge = int(places.base.config.vision_config.spatial_merge_size)
+        config: Any = places.base.config
+        merge = int(config.vision_config.spatial_merge_size)
         options = {"tau": tau, "cluster_ratio": cluster_ratio, "temporal_segment_ratio": temporal_segment_ratio}
         self.method = Gated(options, merge, verbose, f"Stage 1 {self.version}")
         self._handle = self._attach(decoder, position)
