@@ -208,6 +208,8 @@ class InputHook:
             caches.bind(cache, call.state)
         if self.decoder is not None:
             call.record.stages = self.decoder.end(call.run, cache)
+            for span in () if call.run is None else call.run.spans:
+                call.record.add("select", span)
         if call.stage == "prefill":
             self.last = call.record
         if call.owner is module:
@@ -323,6 +325,10 @@ class InputHook:
         elif position is None and self.family.positions != "none":
             start = past + state.dropped
             changed["position_ids"] = torch.arange(start, start + length, device=device).expand(shape)
+        if self.family.positions == "rope" and self.position == "keep":
+            # As in the prefill: only the rotary embedding sees the gaps.
+            call.rotary = changed["position_ids"].expand(shape)
+            changed["position_ids"] = columns.consecutive(mask, batch, past, length, device)
         if "cache_position" in changed:
             changed["cache_position"] = torch.arange(past, past + length, device=device)
         call.state = State(

@@ -15,8 +15,8 @@ def make(attention: str = "sdpa", layers: int = 2, seed: int = 0) -> Any:
     text = common.text_config(
         layers, num_key_value_heads=4, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2,
         kv_lora_rank=16, q_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, head_dim=16,
-        index_topk=16, index_head_dim=16, index_n_heads=2, shared_experts_intermediate_size=32, sliding_window=24,
-        layer_types=["full_attention" if i % 2 else "sliding_attention" for i in range(layers)], use_dsa=False,
+        index_topk=512, index_head_dim=16, index_n_heads=2, shared_experts_intermediate_size=32, sliding_window=24,
+        layer_types=["indexed_attention" if i % 2 else "sliding_attention" for i in range(layers)],
         swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_q_lora_rank=32, swa_kv_lora_rank=16,
         swa_head_dim=16, swa_qk_nope_head_dim=8, swa_v_head_dim=16,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 from tests.models.zoo import _common as common
 
-NAME, MIN_VERSION, ROWS = "exaone4_5", (5, 23), common.ROWS
+NAME, MIN_VERSION, ROWS = "exaone4_5", (5, 17), common.ROWS
 batch, row = partial(common.grid_batch, types=False), common.grid_row
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from tests.models.tiny import Clip
 from tests.models.zoo import _common as common
 
-NAME, MIN_VERSION = "kimi_k25", (5, 23)
+NAME, MIN_VERSION = "kimi_k25", (5, 17)
 #: Chunks of one frame: `get_image_features` splits the pooled features by the sizes of unpooled grids.
 ROWS: list[list[Clip]] = [[("video", 1, 112)], [("video", 1, 56), ("video", 1, 84)], [("video", 1, 56)]]
 

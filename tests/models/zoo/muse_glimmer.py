@@ -5,7 +5,7 @@ from typing import Any
 
 from tests.models.zoo import _common as common
 
-NAME, MIN_VERSION, ROWS = "muse_glimmer", (5, 23), common.ROWS
+NAME, MIN_VERSION, ROWS = "muse_glimmer", (5, 17), common.ROWS
 batch, row = partial(common.grid_batch, types=False, order=1), common.grid_row
 VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
