@@ -7,7 +7,9 @@ without reduction; what attention masks are sized by stays *physical* (tokens he
 
 from __future__ import annotations
 
+import copy
 import weakref
+from bisect import bisect_right
 from functools import cache as memo
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,38 @@ if TYPE_CHECKING:
 _STATE = "_vidtok"
 
 
+class Stages:
+    """What the layers behind drops inside the decoder hold.
+
+    Args:
+        entries: per drop, the layer before which tokens left, ascending.
+        dropped: per drop, how many columns fewer its layers hold than the layers before all drops.
+        masks: per drop, bool ``[B, W]`` as :class:`State` has one for the layers before them.
+        floor: columns of the layers before all drops below which columns no longer stand for one fed token each.
+        records: what the drops did.
+    """
+
+    __slots__ = ("dropped", "entries", "floor", "masks", "records")
+
+    def __init__(
+        self, entries: tuple[int, ...], dropped: list[int], masks: list[Tensor | None], floor: int, records: Any = None
+    ) -> None:
+        self.entries, self.dropped, self.masks, self.floor, self.records = entries, dropped, masks, floor, records
+
+    def __deepcopy__(self, memo: Any) -> Stages:
+        masks = [None if mask is None else mask.clone() for mask in self.masks]
+        return Stages(self.entries, list(self.dropped), masks, self.floor, self.records)
+
+    def at(self, layer: int) -> int:
+        """Columns that ``layer`` holds fewer than the first."""
+        behind = bisect_right(self.entries, layer)
+        return self.dropped[behind - 1] if behind else 0
+
+    def change(self, function: Any) -> None:
+        """Apply a function to every mask."""
+        self.masks = [None if mask is None else function(mask) for mask in self.masks]
+
+
 class State:
     """What a cache has to know about the reductions that filled it.
 
@@ -34,9 +68,10 @@ class State:
         floor: physical length below which columns no longer stand for one fed token each.
         owner: the attachment that knows how to read this cache.
         record: where decoding time is added.
+        stages: what the layers behind drops inside the decoder hold; None without such drops.
     """
 
-    __slots__ = ("dropped", "floor", "length", "mask", "owner", "record", "reduced")
+    __slots__ = ("dropped", "floor", "length", "mask", "owner", "record", "reduced", "stages")
 
     def __init__(
         self,
@@ -48,7 +83,9 @@ class State:
         dropped: int = 0,
         length: int = 0,
         floor: int = 0,
+        stages: Stages | None = None,
     ) -> None:
+        self.stages = stages
         self.reduced, self.mask, self.dropped, self.length, self.floor = reduced, mask, dropped, length, floor
         self.owner = owner if isinstance(owner, weakref.ref) else weakref.ref(owner)
         self.record = record
@@ -62,6 +99,7 @@ class State:
             dropped=self.dropped,
             length=self.length,
             floor=self.floor,
+            stages=copy.deepcopy(self.stages),
         )
 
     def __reduce__(self) -> Any:
@@ -71,6 +109,8 @@ class State:
         """Reorder or repeat the rows."""
         if self.mask is not None:
             self.mask = self.mask.index_select(0, index.to(self.mask.device))
+        if self.stages is not None:
+            self.stages.change(lambda mask: mask.index_select(0, index.to(mask.device)))
 
 
 def state_of(cache: Any) -> State | None:
@@ -89,28 +129,38 @@ def capacity(cache: Any) -> int | None:
     """Columns of a static cache's full-attention layers, None for a growing cache."""
     if not is_static(cache):
         return None
-    return max(layer.max_cache_len for layer in cache.layers)
+    # Layers of other kinds, such as recurrent ones, hold no columns.
+    return max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)
 
 
 def physical_length(cache: Any) -> int:
-    """Columns that the cache holds."""
+    """Columns that the cache holds, in the layers before any drop inside the decoder."""
     if cache is None:
         return 0
     state = state_of(cache)
     if state is not None and state.reduced and is_static(cache):
         return state.length
-    for layer in cache.layers:
+    stages = None if state is None else state.stages
+    for i, layer in enumerate(cache.layers):
         if getattr(layer, "keys", None) is not None:
-            return int(layer.get_seq_length())
+            return int(layer.get_seq_length()) + (0 if stages is None else stages.at(i))
     return 0
 
 
 def bind(cache: Any, state: State) -> None:
     """Put ``state`` on a cache; a reduced one answers with its logical length from now on."""
-    if state.reduced and not isinstance(cache, TwoLengths):
+    if (state.reduced or state.stages is not None) and not isinstance(cache, TwoLengths):
         base: Any = type(cache)
         cache.__class__ = _two_lengths(base)
     cache.__dict__[_STATE] = state
+
+
+def bind_stages(cache: Any, stages: Stages) -> None:
+    """Tell a cache, which has a state, what its layers hold after drops inside the decoder."""
+    state = state_of(cache)
+    assert state is not None
+    state.stages = stages
+    bind(cache, state)
 
 
 class TwoLengths:
@@ -122,7 +172,16 @@ class TwoLengths:
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens that the caller fed."""
         state = self._state()
-        return super().get_seq_length(layer_idx) + (0 if state is None else state.dropped)  # type: ignore[misc]
+        held = super().get_seq_length(layer_idx)  # type: ignore[misc]
+        if state is None:
+            return held
+        return held + state.dropped + (0 if state.stages is None else state.stages.at(self._counting(layer_idx)))
+
+    def _counting(self, layer_idx: int) -> int:
+        """The layer that answers for ``layer_idx``: recurrent ones do not count tokens."""
+        layers: Any = self.layers  # type: ignore[attr-defined]
+        known = range(layer_idx, len(layers))
+        return next((i for i in known if hasattr(layers[i], "get_seq_length")), layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Tokens that the cache holds."""
@@ -132,7 +191,8 @@ class TwoLengths:
         """Sizes of the mask over the tokens that the cache holds."""
         state = self._state()
         owner = None if state is None else state.owner()
-        if state is not None and state.reduced and (owner is None or not owner.active):
+        touched = state is not None and (state.reduced or state.stages is not None)
+        if touched and (owner is None or not owner.active):
             raise ValueError(
                 "expected a cache that this model filled, got one of a reduced prompt whose attachment was removed; "
                 "attach again before continuing, or start from an empty cache"
@@ -148,13 +208,16 @@ class TwoLengths:
         kept = max_length - state.dropped if max_length > 0 else held + max_length
         if kept >= held:
             return None
-        if kept < state.floor:
+        floor = max(state.floor, 0 if state.stages is None else state.stages.floor)
+        if kept < floor:
             raise ValueError(
-                f"expected to keep at least {state.floor + state.dropped} tokens of a reduced prompt, "
+                f"expected to keep at least {floor + state.dropped} tokens of a reduced prompt, "
                 f"got a crop to {kept + state.dropped}"
             )
         if state.mask is not None:
             state.mask = state.mask[:, :kept]
+        if state.stages is not None:
+            state.stages.change(lambda mask: mask[:, : mask.shape[1] - (held - kept)])
         return super().crop(kept - held)  # type: ignore[misc]
 
     def reset(self) -> None:
@@ -182,6 +245,8 @@ class TwoLengths:
         state = self._state()
         if state is not None and state.mask is not None:
             state.mask = state.mask.repeat_interleave(repeats, dim=0)
+        if state is not None and state.stages is not None:
+            state.stages.change(lambda mask: mask.repeat_interleave(repeats, dim=0))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (type(self).__mro__[2],), dict(self.__dict__)

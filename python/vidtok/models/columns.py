@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidtok import _check
+from vidtok import _check, ops
 from vidtok.models import cache as caches
 from vidtok.models.cache import State
 from vidtok.plan import Plan
@@ -103,3 +103,13 @@ def gathered(mask: Any, rows: Plan, valid: Tensor, past: int) -> Any:
     hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     new = new.masked_fill(~valid[:, None, None, :], hidden)
     return torch.cat([mask[..., :past], new], -1)
+
+
+def shorten(labels: Tensor, rows: Plan, valid: Tensor | None) -> None:
+    """Give labels ``[B, L]``, in place, the tokens of the reduced rows; ``valid`` bool ``[B, L']`` marks padding."""
+    (short,) = ops.position_remap(rows, labels.to(rows.device), dim=-1, fill=-100)
+    if valid is not None:
+        # A padding column would predict the first real token, and only in rows that have one.
+        first = valid & ~torch.nn.functional.pad(valid[:, :-1], (1, 0))
+        short = short.masked_fill(first, -100)
+    labels.resize_(short.shape).copy_(short)

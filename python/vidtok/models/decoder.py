@@ -1,0 +1,312 @@
+"""Drops inside the decoder: visual tokens leave at the entry of a layer, and every later layer follows."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidtok import _check, ops
+from vidtok.models import budgets, columns, layers, masks, scoring
+from vidtok.models import cache as caches
+from vidtok.models.cache import Stages, State
+from vidtok.models.drop import Drop
+from vidtok.models.report import Span, Stage
+from vidtok.models.run import Run, Step
+from vidtok.models.tokens import Tokens
+from vidtok.plan import Plan
+
+RUN = "vidtok_run"
+
+
+class DecoderHook:
+    """Pre-hooks on the decoder layers; what belongs to a pass lives in :class:`Run` or on its cache.
+
+    Args:
+        language_model: runs the layers.
+        drop: what leaves where.
+        position: ``keep``, or ``renumber`` to count the tokens that remain at each drop.
+    """
+
+    def __init__(self, language_model: nn.Module, drop: Drop, position: str = "keep") -> None:
+        self.drop, self.position = drop, position
+        self.layers = layers.Layers(language_model)
+        drop.validate(len(self.layers.modules), self.layers.kinds)
+        self.entries = drop.entries
+        self.layers.check(self.entries)
+        self.asks = any(stage.kind == "attn" for stage in drop.stages)
+        # A pass travels in the arguments of the layers, so that recomputation in a checkpoint meets its own.
+        self.travels = self.layers.passes_arguments()
+        self._local = threading.local()
+
+    def hooks(self) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
+        """(module, ``"pre"``, function) of every hook."""
+        return [(m, "pre", functools.partial(self.layer_pre, i)) for i, m in enumerate(self.layers.modules)]
+
+    # ------------------------------------------------------------------ a pass of the language model
+    def begin(
+        self,
+        tokens: Tokens | None,
+        arguments: dict[str, Any],
+        cache: Any,
+        state: State | None,
+        labels: Tensor | None = None,
+    ) -> tuple[dict[str, Any], Run | None]:
+        """Before the language model runs on ``inputs_embeds`` and the rest of ``arguments``.
+
+        Args:
+            tokens: the visual tokens among these columns; None when there are none.
+            cache: filled by the passes before.
+            state: unused; the drops of the passes before are known to the cache.
+            labels: ``[B, L]`` of these columns; shortened in place at the end.
+
+        Returns:
+            The arguments to run with, and the pass, which is None when nothing has to be done.
+        """
+        self._local.run = None
+        before = caches.state_of(cache)
+        old = None if before is None else before.stages
+        if tokens is not None and not tokens.units:
+            tokens = None
+        if tokens is None and old is None:
+            return arguments, None
+        self._refuse(tokens, arguments, cache, old)
+        embeds = arguments["inputs_embeds"]
+        run = Run(self.drop, tokens, old, embeds, caches.physical_length(cache), cache, labels)
+        given = arguments.get("attention_mask")
+        if isinstance(given, Tensor) and given.dim() == 2:
+            run.real = columns.new_columns(given, run.batch, run.length, run.past, cache, embeds.device)
+        else:
+            self._read_masks(run, given, embeds, tokens)
+        run.old = columns.past_columns(before, given, embeds.shape[1], run.past, embeds.device)
+        run.enter(self._keys(tokens), self._asking(tokens, labels))
+        position = arguments.get("position_ids")
+        run.mrope = position.dim() == 3 if isinstance(position, Tensor) else self.layers.mrope
+        if self.travels:
+            return {**arguments, RUN: run}, run
+        if self.layers.checkpoints():
+            _check.fail(
+                "a decoder that passes its arguments on to checkpointed layers", type(self.layers.owner).__name__
+            )
+        self._local.run = run
+        return arguments, run
+
+    def end(self, run: Run | None, cache: Any) -> list[Stage] | None:
+        """After the language model ran: the cache learns what its layers hold, and labels are shortened.
+
+        Returns:
+            What the drops did, for the report.
+        """
+        self._local.run = None
+        if run is None:
+            return None
+        last = run.last()
+        if run.labels is not None and last.total is not None:
+            columns.shorten(run.labels, last.total, last.valid)
+        if cache is not None and run.steps:
+            dropped, held = [], []
+            for s in range(len(self.entries)):
+                step = run.at(s)
+                dropped.append(run.past + run.length - step.past - step.width)
+                held.append(step.mask)
+            stages = Stages(self.entries, dropped, held, run.floor, run.records)
+            caches.bind_stages(cache, stages)
+        if not torch.is_grad_enabled():
+            run.memo.clear()
+        return run.records
+
+    def _keys(self, tokens: Tokens | None) -> Tensor | None:
+        return None if tokens is None else budgets.keys(self.drop, tokens, getattr(tokens, "group", None))
+
+    def _asking(self, tokens: Tokens | None, labels: Tensor | None) -> Tensor | None:
+        return scoring.queries(self.drop, tokens, labels) if self.asks and tokens is not None else None
+
+    def _refuse(self, tokens: Tokens | None, arguments: dict[str, Any], cache: Any, old: Stages | None) -> None:
+        """Raise for passes that would go silently wrong."""
+        if old is not None and old.entries != self.entries:
+            _check.fail(f"a cache with drops before layers {list(self.entries)}", f"one with {list(old.entries)}")
+        if caches.is_static(cache) and not masks.by_layer():
+            raise ValueError(
+                "expected a cache that grows, got a static one, whose layers share one length in this transformers"
+            )
+        if tokens is None:
+            return
+        if any(arguments.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k")):
+            raise ValueError("expected padded rows, got rows packed by cu_seq_lens, which cannot be reduced")
+        if self.asks and caches.physical_length(cache):
+            raise ValueError(
+                "expected visual tokens in the first turn for attn, got a cache that is filled: "
+                "scores would miss the tokens in it"
+            )
+        position, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+        if cache is None and mask is None and isinstance(position, Tensor) and position.shape[0] in (1, 2, 4):
+            text = position[0] if position.dim() == 3 else position
+            if (position.dim() == 2 or position.shape[0] == 4) and bool((text.diff(dim=-1) < 0).any()):
+                raise ValueError("expected padded rows, got rows packed by restarting position_ids")
+        deep = arguments.get("deepstack_visual_embeds")
+        if deep is not None and min(self.entries) < len(deep):
+            _check.fail(
+                f"drops at layer {len(deep)} or later, after the layers that visual features are added to",
+                f"layer {min(self.entries)}",
+            )
+
+    def _read_masks(self, run: Run, given: Any, embeds: Tensor, tokens: Tokens | None) -> None:
+        """Masks of four dimensions say which columns are real, and which see each other both ways."""
+        run.real = None if tokens is None else tokens.valid
+        if given is None:
+            return
+        length = embeds.shape[1]
+        if caches.is_static(run.cache):
+            if tokens is None:
+                run.real = columns.new_columns(given, run.batch, run.length, run.past, run.cache, embeds.device)
+            return
+        made = given if isinstance(given, dict) else {"full_attention": given}
+        for kind, mask in made.items():
+            if not (isinstance(mask, Tensor) and mask.dim() == 4):
+                continue
+            if tokens is None:
+                new = masks.allowed(mask)[:, 0, -length:, -length:].diagonal(dim1=1, dim2=2)
+                run.real = None if bool(new.all()) else new
+            pairs = masks.blocks(mask, length) if length > 1 else None
+            if pairs is not None:
+                run.blocks[kind] = pairs
+        if not isinstance(given, dict):
+            run.same_blocks = True
+
+    # ------------------------------------------------------------------ a layer
+    def layer_pre(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before layer ``index``: drop what leaves here, and give the layer arguments for what is left."""
+        run = kwargs.get(RUN) or getattr(self._local, "run", None)
+        if run is None:
+            return None
+        hidden, arguments, positional = layers.named(module, args, kwargs)
+        arguments.pop(RUN, None)
+        for s, entry in enumerate(self.entries):
+            if entry == index and run.tokens is not None:
+                hidden = self._leave(run, s, index, module, hidden, arguments)
+        step = run.current(index)
+        if step is not None:
+            arguments = self._arguments(run, step, index, hidden, arguments)
+        for s, scorer in enumerate(self.drop.scorers):
+            if scorer == index and self.entries[s] > index and run.tokens is not None and s not in run.kept:
+                run.kept[s] = self._select(run, s, run.before(s), module, hidden, arguments.get("position_embeddings"))
+        return layers.put(module, hidden, arguments, positional)
+
+    def _leave(
+        self, run: Run, s: int, index: int, module: nn.Module, hidden: Tensor, arguments: dict[str, Any]
+    ) -> Tensor:
+        step = run.steps.get(s)
+        if step is None:
+            span = Span(hidden.device)
+            before = run.before(s)
+            kept = run.kept.get(s)
+            if kept is None:
+                position = arguments.get("position_embeddings")
+                if self.drop.stages[s].kind == "attn" and before.stage >= 0:
+                    position = self._arguments(run, before, index, hidden, arguments).get("position_embeddings")
+                kept = self._select(run, s, before, module, hidden, position)
+            step = run.leave(s, before, kept)
+            if step.rows is not None:
+                run.records.append(Stage(self.entries[s], self.drop.stages[s].kind, step.rows, run.tokens_of(before)))
+            run.spans.append(span.stop())
+        if step.rows is None:
+            return hidden
+        rows = run.on(step.rows, hidden.device)
+        kept = [ops.plan_apply(rows, stream) for stream in layers.streams(module, hidden)]
+        return torch.stack(kept) if hidden.dim() > kept[0].dim() else kept[0]
+
+    def _select(self, run: Run, s: int, before: Step, module: nn.Module, hidden: Tensor, position: Any) -> budgets.Kept:
+        with torch.no_grad():
+            assert before.key is not None
+            return scoring.select(
+                self.drop,
+                s,
+                before.key,
+                run.original,
+                layer=module,
+                hidden=hidden,
+                position_embeddings=position,
+                valid=before.valid,
+                asking=before.asking,
+            )
+
+    def _arguments(self, run: Run, step: Step, index: int, hidden: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a layer behind a drop."""
+        out = dict(arguments)
+        cache = arguments.get("past_key_values", arguments.get("past_key_value"))
+        rotated = arguments.get("position_embeddings") is not None or self.layers.rotary is not None
+        for name, value in arguments.items():
+            if name in layers.MASKS:
+                out[name] = self._mask(run, step, index, hidden, cache)
+            elif value is None:
+                continue
+            elif name == "cache_position":
+                out[name] = torch.arange(step.past, step.past + step.width, device=value.device)
+            elif name == "position_ids":
+                if rotated and value.dim() == 2:
+                    # Consecutive: flash-attention would read gaps as borders between packed rows.
+                    if step.total is not None or self.position == "renumber":
+                        out[name] = step.number(run)
+                elif self.position == "renumber":
+                    out[name] = step.number(run).expand(value.shape[:-2] + step.number(run).shape)
+                elif step.total is not None:
+                    out[name] = self._positions(run, step, value)
+            elif name.startswith("position_embeddings") and self.position == "renumber":
+                out[name] = self._rotate(run, step, index, hidden, name)
+            elif step.total is not None:
+                out[name] = run.once((step.stage, name, id(value)), value, functools.partial(_follow, run, step, name))
+        return out
+
+    @staticmethod
+    def _positions(run: Run, step: Step, value: Tensor) -> Tensor:
+        assert step.total is not None
+        kept: Tensor = layers.take(run.on(step.total, value.device), value, -1)
+        if kept.dim() == 3 and kept.shape[0] == 4:
+            kept = torch.cat([step.number(run)[None].to(kept.device), kept[1:]])
+        return kept
+
+    def _mask(self, run: Run, step: Step, index: int, hidden: Tensor, cache: Any) -> Any:
+        kind = self.layers.kinds[index]
+        hidden = layers.streams(self.layers.modules[index], hidden)[0]
+        key = (step.stage, "mask", kind, hidden.device, cache is None)
+
+        def make(_: Any) -> Any:
+            layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
+            mask = None if step.mask is None else step.mask.to(hidden.device)
+            made = masks.build(self.layers.config, kind, hidden, mask, step.past, layer)
+            pairs = step.pairs(run, kind)
+            return made if pairs is None else masks.with_blocks(made, pairs.to(hidden.device), hidden, step.past)
+
+        return run.once(key, None, make)
+
+    def _rotate(self, run: Run, step: Step, index: int, hidden: Tensor, name: str) -> Any:
+        """cos and sin of the tokens that are left, counted anew."""
+        kind = self.layers.kinds[index]
+
+        def make(_: Any) -> Any:
+            number = step.number(run).to(hidden.device)
+            rotary: Any = getattr(self.layers.owner, "rotary_emb_local", None) if name.endswith("local") else None
+            rotary = rotary or self.layers.rotary
+            if rotary is None:
+                raise ValueError(
+                    "expected a rotary embedding of the language model to renumber positions with, got none"
+                )
+            extra = {"layer_type": kind} if "layer_type" in inspect.signature(rotary.forward).parameters else {}
+            # forward() itself: hooks on the module put in the positions of the whole rows.
+            return rotary.forward(hidden, number.expand(3, -1, -1) if run.mrope else number, **extra)
+
+        return run.once((step.stage, name, kind, hidden.device), None, make)
+
+
+def _follow(run: Run, step: Step, name: str, value: Any) -> Any:
+    tensor = next(layers.tensors(value), None)
+    if tensor is None:
+        return value
+    total: Plan | None = step.total
+    assert total is not None
+    return layers.follow(name, value, run.on(total, tensor.device), run.length)
