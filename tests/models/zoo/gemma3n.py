@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tests.models.zoo import _common, _frames
 
 NAME, MIN_VERSION, ROWS = "gemma3n", (5, 23), _frames.RUNS
+REFUSED = {"attn": "expected a layer of one residual stream"}
 
 
 class Tower(nn.Module):
@@ -23,15 +24,15 @@ class Tower(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=self.conv(pixel_values))
 
 
-def make(attention: str = "sdpa", layers: int = 4, seed: int = 0) -> Any:
+def make(attention: str = "sdpa", layers: int = 5, seed: int = 0) -> Any:
     from transformers import Gemma3nConfig, Gemma3nForConditionalGeneration, Gemma3nModel
     from transformers.models.gemma3n import modeling_gemma3n as modeling
 
-    layers = max(layers, 4)
-    kinds = ["sliding_attention", "full_attention"]
+    layers = max(layers, 5)
+    kinds = ["sliding_attention"] * (layers - 4) + ["sliding_attention", "full_attention"] * 2
     config = Gemma3nConfig(
         text_config=_common.text_config(
-            layers, head_dim=16, sliding_window=16, layer_types=[kinds[i % 2] for i in range(layers)],
+            layers, head_dim=16, sliding_window=16, layer_types=kinds,
             hidden_size_per_layer_input=8, vocab_size_per_layer_input=244, num_kv_shared_layers=2, laurel_rank=8,
             altup_num_inputs=2, activation_sparsity_pattern=[0.0] * layers,
         ),
