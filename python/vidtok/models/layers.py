@@ -26,6 +26,7 @@ _KINDS = {
     "moe": "none",
 }
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
+OTHERS = ("indexed_attention", "linear_attention", "none")
 # What some layers take for every token beside their hidden states.
 PER_TOKEN = frozenset(
     {
@@ -50,7 +51,8 @@ class Layers:
         owner: the module whose forward runs the layers one after another.
         modules: the layers.
         kinds: ``full_attention``, ``sliding_attention``, ``chunked_attention``, ``linear_attention``
-            (everything recurrent), ``none`` (nothing that looks at other tokens) or the model's own word.
+            (everything recurrent), ``indexed_attention`` (full, to keys that an index picks), ``none``
+            (nothing that looks at other tokens) or the model's own word.
     """
 
     def __init__(self, language_model: nn.Module) -> None:
@@ -75,7 +77,7 @@ class Layers:
         """Refuse drops that the layers cannot follow."""
         for entry in entries:
             for i in range(entry, len(self.modules)):
-                if self.kinds[i] not in (*ATTENTION, "linear_attention", "none"):
+                if self.kinds[i] not in (*ATTENTION, *OTHERS):
                     _check.fail(f"a known kind of layer from layer {entry} on", f"{self.kinds[i]} at layer {i}")
         shared = int(getattr(self.config, "num_kv_shared_layers", 0) or 0)
         first = len(self.modules) - shared

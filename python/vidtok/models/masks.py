@@ -16,7 +16,7 @@ class _Layer:
     is_initialized = True
 
     def __init__(self, kind: str, layer: Any) -> None:
-        self.is_sliding = [kind != "full_attention"]
+        self.is_sliding = [kind in ("sliding_attention", "chunked_attention")]
         self.is_linear = self.is_dummy = [False]
         self.is_compileable = getattr(layer, "is_compileable", False)
         self.layer = layer
@@ -38,6 +38,7 @@ def _function(kind: str) -> tuple[Any, frozenset[str]]:
 
     name = {
         "full_attention": "create_causal_mask",
+        "indexed_attention": "create_causal_mask",
         "sliding_attention": "create_sliding_window_causal_mask",
         "chunked_attention": "create_chunked_causal_mask",
     }[kind]
@@ -77,6 +78,9 @@ def build(
         "past_key_values": None if layer is None else _Layer(kind, layer),
         "position_ids": packed,
     }
+    if kind == "indexed_attention":
+        # The index reads the mask itself.
+        arguments["allow_is_causal_skip"] = False
     if "cache_position" in names:
         arguments["cache_position"] = torch.arange(past, past + length, device=hidden.device)
     return function(**arguments)

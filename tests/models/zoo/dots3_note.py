@@ -6,7 +6,7 @@ from typing import Any
 from tests.models.zoo import _common as common
 
 NAME, MIN_VERSION, ROWS = "dots3_note", (5, 23), common.ROWS
-REFUSED = {"uni": "expected a known kind of layer", "attn": "expected attn at an attention layer"}
+REFUSED = {"attn": "expected attn at an attention layer"}
 batch, row = partial(common.grid_batch, types=False, temporal=1), common.grid_row
 
 

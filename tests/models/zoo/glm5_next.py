@@ -5,7 +5,7 @@ from functools import partial
 from tests.models.zoo import _common, _grids
 
 NAME, MIN_VERSION, ROWS = "glm5_next", (5, 23), _common.ROWS
-REFUSED = {"uni": "expected a known kind of layer", "attn": "expected attn at an attention layer"}
+REFUSED = {"uni": "expected x of shape", "attn": "expected attn at an attention layer"}
 batch, row = partial(_common.grid_batch, **_grids.GLM_BATCH), _common.grid_row
 
 
