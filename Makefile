@@ -105,6 +105,7 @@ check-slow: install
 
 bench: install
 	$(PYTHON) -m bench $(BENCH_ARGS)
+	$(if $(BENCH_ARGS),,$(PYTHON) -m bench.decoder)
 
 clean:
 	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache python/*.egg-info python/vidtok/_C.*.so python/vidtok/_cuda.*.so

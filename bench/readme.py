@@ -11,6 +11,8 @@ from bench.row import RESULTS, ROOT, Row, read
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 GPU_MARKS = ("<!-- gpu:begin -->", "<!-- gpu:end -->")
+DECODER_MARKS = ("<!-- decoder:begin -->", "<!-- decoder:end -->")
+NO_DECODER = "Not yet measured.\n"
 NO_GPU = "The GPU kernels are not yet measured on a GPU, and nothing is claimed about their speed.\n"
 README = ROOT / "README.md"
 NOTES = ROOT / "bench" / "what_limits.json"
@@ -154,6 +156,35 @@ def gpu_block() -> str:
     return "\n".join(lines) if lines else NO_GPU
 
 
+def decoder_table(rows: list[Row]) -> list[str]:
+    """One line per measurement of a whole decoder."""
+    lines = ["| whole decoder | median | 20 to 80 % | | target | reached |", "|---|--:|---|---|---|---|"]
+    for row in rows:
+        unit = "" if row.unit == "×" else f" {row.unit}"
+        spread = "" if row.samples == 1 else f"{row.p20:.3g} to {row.p80:.3g}{unit}"
+        lines.append(
+            f"| {row.case} | {row.p50:.3g}{unit or row.unit} | {spread} | {row.label} | {row.target} | {row.reached} |"
+        )
+    return lines
+
+
+def decoder_block() -> str:
+    """The README's block of whole decoders: the newest CPU run, and every card with results."""
+    found = sorted((read(p)[0].timestamp, p) for p in RESULTS.glob("decoder-*.csv"))
+    lines: list[str] = []
+    for path in [p for _, p in found[-1:]] + sorted(RESULTS.glob("*/decoder.csv")):
+        rows = read(path)
+        first = rows[0]
+        lines += [
+            f"{first.machine}; {first.versions}; {f'commit {first.commit}, ' if first.commit else ''}"
+            f"{first.timestamp[:10]}. [All numbers]({path.relative_to(ROOT).as_posix()}).",
+            "",
+            *decoder_table([r for r in rows if r.metric == "model"]),
+            "",
+        ]
+    return "\n".join(lines) if lines else NO_DECODER
+
+
 def filled(text: str, block: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """``text`` with ``block`` between the markers."""
     begin, end = marks
@@ -165,7 +196,8 @@ def filled(text: str, block: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
 
 def wanted(path: Path) -> str:
     """The README as the committed results have it."""
-    return filled(filled(README.read_text(), render(path)), gpu_block(), GPU_MARKS)
+    text = filled(filled(README.read_text(), render(path)), gpu_block(), GPU_MARKS)
+    return filled(text, decoder_block(), DECODER_MARKS)
 
 
 def update(path: Path) -> None:
