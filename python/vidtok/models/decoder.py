@@ -40,9 +40,17 @@ class DecoderHook:
         self.entries = drop.entries
         self.layers.check(self.entries)
         self.asks = any(stage.kind == "attn" for stage in drop.stages)
+        self.transv = self._transv(language_model)
         # A pass travels in the arguments of the layers, so that recomputation in a checkpoint meets its own.
         self.travels = self.layers.passes_arguments()
         self._local = threading.local()
+
+    def _transv(self, language_model: nn.Module) -> Any:
+        if self.drop.merge != "transv":
+            return self.drop.merge
+        from vidtok.models.transv import TransV
+
+        return TransV(language_model, self.drop)
 
     def hooks(self) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
         """(module, ``"pre"``, function) of every hook."""
@@ -84,7 +92,8 @@ class DecoderHook:
         else:
             self._read_masks(run, given, embeds, tokens)
         run.old = columns.past_columns(before, given, embeds.shape[1], run.past, embeds.device)
-        run.enter(self._keys(tokens), self._asking(tokens, labels))
+        text = None if self.transv is None or tokens is None else self.transv.text(tokens, labels)
+        run.enter(self._keys(tokens), self._asking(tokens, labels), text)
         position = arguments.get("position_ids")
         run.mrope = position.dim() == 3 if isinstance(position, Tensor) else self.layers.mrope
         if self.travels:
@@ -216,9 +225,11 @@ class DecoderHook:
             run.spans.append(span.stop())
         if step.rows is None:
             return hidden
+        if step.readers is not None:
+            hidden = self.transv(s, hidden, *(mask.to(hidden.device) for mask in step.readers))
         rows = run.on(step.rows, hidden.device)
-        kept = [ops.plan_apply(rows, stream) for stream in layers.streams(module, hidden)]
-        return torch.stack(kept) if hidden.dim() > kept[0].dim() else kept[0]
+        left = [ops.plan_apply(rows, stream) for stream in layers.streams(module, hidden)]
+        return torch.stack(left) if hidden.dim() > left[0].dim() else left[0]
 
     def _select(self, run: Run, s: int, before: Step, module: nn.Module, hidden: Tensor, position: Any) -> budgets.Kept:
         with torch.no_grad():

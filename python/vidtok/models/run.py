@@ -29,7 +29,9 @@ class Step:
         rows: from the columns of the step before; None when none left.
         total: from the columns that entered the decoder; None when they are the same.
         key: ``[B, width]``, budget of each visual token, −1 for others; None without visual tokens.
-        asking: ``[B, width]``, the rows whose attention decides; None without ``attn``.
+        asking: bool ``[B, width]``, the rows whose attention decides; None without ``attn``.
+        text: bool ``[B, width]``, the rows that read what is dropped; None without TransV.
+        readers: what left at the drop, and what reads it, bool over the columns of the step before.
     """
 
     def __init__(
@@ -43,7 +45,10 @@ class Step:
         total: Plan | None = None,
         key: Tensor | None = None,
         asking: Tensor | None = None,
+        text: Tensor | None = None,
     ) -> None:
+        self.text = text
+        self.readers: tuple[Tensor, Tensor] | None = None
         self.stage, self.width, self.valid, self.past, self.mask = stage, width, valid, past, mask
         self.rows, self.total, self.key, self.asking = rows, total, key, asking
 
@@ -96,9 +101,9 @@ class Run:
         self.spans: list[Span] = []
         self.floor = 0
 
-    def enter(self, key: Tensor | None, asking: Tensor | None) -> None:
+    def enter(self, key: Tensor | None, asking: Tensor | None, text: Tensor | None = None) -> None:
         """Begin with the columns that enter the decoder."""
-        self.base = Step(-1, self.length, self.real, self.past, None, key=key, asking=asking)
+        self.base = Step(-1, self.length, self.real, self.past, None, key=key, asking=asking, text=text)
         self.floor = 0 if self.stages is None else self.stages.floor
         if key is None:
             for s in range(len(self.entries)):
@@ -151,12 +156,12 @@ class Run:
     @torch.no_grad()
     def leave(self, stage: int, before: Step, kept: budgets.Kept) -> Step:
         """Let tokens leave; the decision is kept for recomputation."""
-        key, asking = before.key, before.asking
+        key, asking, text = before.key, before.asking, before.text
         assert key is not None
         past, old = self._held(stage)
         if not any(kept.dropped):
             mask = self._joined(old, before.valid, past, before.width)
-            step = Step(stage, before.width, before.valid, past, mask, None, before.total, key, asking)
+            step = Step(stage, before.width, before.valid, past, mask, None, before.total, key, asking, text)
             self.steps[stage] = step
             return step
         at = (key.reshape(-1) >= 0).nonzero().squeeze(1)
@@ -173,9 +178,14 @@ class Run:
         (key,) = ops.position_remap(rows, key, dim=-1, fill=-1)
         if asking is not None:
             (asking,) = ops.position_remap(rows, asking, dim=-1, fill=0)
+        readers = None
+        if text is not None:
+            readers = ~kept.mask, text
+            (text,) = ops.position_remap(rows, text, dim=-1, fill=0)
         total = rows if before.total is None else before.total.compose(rows)
         mask = self._joined(old, valid, past, width)
-        step = Step(stage, width, valid, past, mask, rows, total, key, asking)
+        step = Step(stage, width, valid, past, mask, rows, total, key, asking, text)
+        step.readers = readers
         self.steps[stage] = step
         return step
 
