@@ -14,16 +14,10 @@ from vidtok.models import families
 
 
 def test_unknown_classes_are_named():
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    small = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "vocab_size": 8,
-    }
-    for model in (nn.Linear(2, 2), LlamaForCausalLM(LlamaConfig(**small)), "Qwen/Qwen2.5-VL"):
+    small = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8)
+    for model in (nn.Linear(2, 2), GPT2LMHeadModel(small), "Qwen/Qwen2.5-VL"):
         with pytest.raises(ValueError, match=r"Qwen2_5_VLForConditionalGeneration.*got \w+") as error:
             vidtok.attach(model, visual=tiny.drop)
         assert "\n" not in str(error.value)
