@@ -9,7 +9,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from tests.models import tiny, zoo
+from tests.models import flash, tiny, zoo
 from vidtok.models import attach
 from vidtok.models.families import FAMILIES
 
@@ -157,3 +157,25 @@ class TestDecoder:
             other, _ = tiny.generate(model, {**inputs, pixels: -inputs[pixels]}, 1)
             assert far(other, got[:, :1]) > 1e-4 * scale
         assert torch.equal(tiny.generate(model, inputs, 1)[0], whole[:, :1])
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_flash(name):
+    """flash_attention_2, before and inside the decoder: packed rows are never seen where there are none."""
+    module = family(name)
+    with flash.installed() as calls:
+        broken = getattr(module, "NO_FLASH", "")
+        if broken:
+            with pytest.raises((ValueError, ImportError, AssertionError), match=broken):
+                logits(module.make("flash_attention_2"), module.row(module.batch(module.ROWS), module.ROWS, 0))
+            return
+        model, inputs = module.make("flash_attention_2"), module.batch(module.ROWS)
+        inside = None if "uni" in getattr(module, "REFUSED", {}) else f"uni_{getattr(module, 'DROP_AT', 1)}_0.5"
+        with attach(model, visual=tiny.drop, decoder=inside):
+            calls.clear()
+            got, out = tiny.generate(model, inputs, 3)
+            assert calls
+            for i in range(len(module.ROWS)):
+                tokens = out.sequences[i : i + 1, -3:]
+                alone = uncached(model, module.row(inputs, module.ROWS, i), tokens)
+                assert far(got[i : i + 1], alone) < 2e-5 * got.abs().max()
