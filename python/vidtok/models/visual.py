@@ -244,6 +244,8 @@ class InputHook:
         cu = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
         visual = reducible.columns.to(device)
         rows = record.rows = plan.lift(visual, cu, real=real, dense=True)
+        if rows.padded:
+            self._refuse_padding()
         valid = rows.valid().view(batch, -1)
         width = valid.shape[1]
         old = columns.past_columns(state, given, length, past, device)
@@ -366,6 +368,13 @@ class InputHook:
         """The mask of real tokens: what the base was given, where it makes 4-D masks of it."""
         return call.mask if self.family.base_masks and not caches.is_static(cache) else given
 
+    def _refuse_padding(self) -> None:
+        """Raise where the model itself goes wrong with padded rows, which this pass would have."""
+        config: Any = self.language_model.config
+        found = sorted(set(getattr(config, "layer_types", None) or ()) & set(self.family.unpadded))
+        if found:
+            _check.fail(f"rows of one length for layers of type {found[0]}, which count padding as tokens", "padding")
+
     def _reducible(self, visual: Visual | None) -> Visual | None:
         """The units that the method acts on: images only when it asks for them."""
         if visual is None or self.method is None:
@@ -454,14 +463,19 @@ def _refuse(arguments: dict[str, Any], call: Call, cache: Any, length: int, mrop
     position = arguments.get("position_ids")
     _refuse_length(position, length)
     if not mrope:
+        _refuse_packed(position, cache, arguments.get("attention_mask"))
         return
     if position is None or position.dim() == 2 or _is_text(position, call.visual):
         raise ValueError(
             "expected M-RoPE positions for the visual tokens, got 1-D text positions; "
             "pass the processor's mm_token_type_ids, or position_ids of shape [3, B, L]"
         )
-    bare = cache is None and arguments.get("attention_mask") is None and position.shape[0] == 4
-    if bare and bool((position[0].diff(dim=-1) < 0).any()):
+    _refuse_packed(position[0] if position.shape[0] == 4 else None, cache, arguments.get("attention_mask"))
+
+
+def _refuse_packed(position: Tensor | None, cache: Any, mask: Any) -> None:
+    """Raise for text positions that tell packed rows apart, as mask functions read them."""
+    if cache is None and mask is None and position is not None and bool((position.diff(dim=-1) < 0).any()):
         raise ValueError("expected padded rows, got rows packed by restarting position_ids, which cannot be reduced")
 
 

@@ -42,9 +42,7 @@ def _each_merged(media: Media) -> list[tuple[Tensor, Grid]]:
 
 
 FAMILIES = (
-    Family(
-        "exaone4_5", "Exaone4_5_Model", ("Exaone4_5_ForConditionalGeneration",), grid_units(), positions="rope"
-    ),
+    Family("exaone4_5", "Exaone4_5_Model", ("Exaone4_5_ForConditionalGeneration",), grid_units(), positions="rope"),
     Family(
         "hyperclovax_vision_v2",
         "HyperCLOVAXVisionV2Model",
@@ -68,6 +66,7 @@ FAMILIES = (
         _averaged,
         towers=("vision_tower",),
         positions="rope",
+        notes=("chunks of one frame: others raise at `torch.split(image_embeds, split_sizes)` unreduced too",),
     ),
     Family(
         "lfm3_vl",
@@ -84,6 +83,9 @@ FAMILIES = (
         grid_units(),
         towers=("vision_tower",),
         positions="rope",
+        # The index picks blocks of columns by `k_positions > position_ids`, which counts padding on one side only.
+        unpadded=("minimax_m3_sparse",),
+        notes=("its sparse layers take no padded rows, reduced or not",),
     ),
     Family(
         "muse_glimmer",
