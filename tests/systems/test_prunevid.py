@@ -130,7 +130,9 @@ def test_predictions_are_not_those_of_the_unreduced_model(model, wrapper, monkey
 
     assert difference() > 1e-2
     # Control: a wrapper that does nothing is found out.
-    monkeypatch.setattr(stage1, "prunevid", lambda x, grids, **_: vidtok.Plan.identity([t * h * w for t, h, w in grids]))
+    monkeypatch.setattr(
+        stage1, "prunevid", lambda x, grids, **_: vidtok.Plan.identity([t * h * w for t, h, w in grids])
+    )
     assert difference() == 0
 
 
