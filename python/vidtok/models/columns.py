@@ -52,15 +52,17 @@ def joined(
 ) -> Tensor | None:
     """bool ``[B, past + L]`` for the columns after a pass; None when all are real.
 
-    A static cache gets one of its full size, whose columns to come count as real: causality hides them,
-    and the shape never changes.
+    A decode step with a static cache gets one of its full size, whose columns to come count as real: causality
+    hides them, and the shape never changes. Longer passes get no more than is filled, since recurrent layers read
+    the last columns as theirs.
     """
     size = caches.capacity(cache)
     if size is not None and past + length > size:
         _check.fail(f"at most {size} tokens in a static cache", str(past + length))
     if old is None and new is None:
         return None
-    mask = torch.ones(batch, size or past + length, dtype=torch.bool, device=device)
+    whole = size if size is not None and length == 1 else past + length
+    mask = torch.ones(batch, whole, dtype=torch.bool, device=device)
     if old is not None:
         mask[:, :past] = old
     if new is not None:
