@@ -414,7 +414,7 @@ def test_relatives(kind):
         with reduced(model, Qwen25VLStage1Wrapper, inputs):
             torch.testing.assert_close(tiny.generate(model, inputs)[0], cached, **CLOSE)
     else:
-        with pytest.raises(ValueError, match="expected a Qwen2-VL or Qwen2.5-VL model for version 1, got qwen3_vl"):
+        with pytest.raises(ValueError, match=r"expected a Qwen2-VL or Qwen2\.5-VL model for version 1, got qwen3_vl"):
             Qwen25VLStage1Wrapper(model=model)
 
 

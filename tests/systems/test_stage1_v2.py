@@ -1,4 +1,4 @@
-"""The usage of the drop-in names, on a tiny checkpoint saved to disk and a real video; and the script that checks it."""
+"""The usage of the drop-in names, on a tiny checkpoint saved to disk and a real video, and the script for it."""
 
 from __future__ import annotations
 
