@@ -1,0 +1,105 @@
+"""What single families of the zoo do otherwise: masks of both directions, sparse layers, image paths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.models import test_zoo, tiny
+from tests.models.zoo import _common, kimi_k25, minimax_m3_vl, molmo2, video_llama_3
+from vidtok.models import attach
+
+pytestmark = pytest.mark.skipif(tiny.VERSION < (5, 23), reason="families of transformers 5.23")
+far, logits = test_zoo.far, test_zoo.logits
+
+
+class TestMolmo2:
+    """Visual tokens see each other both ways, also those that are left of a reduction."""
+
+    @staticmethod
+    def by_hand(model, inputs, both):
+        """Logits of the reduced row: the kept tokens at their own positions, under a mask made here."""
+        seen = {}
+
+        def keep(module, args, kwargs):
+            seen.update(kwargs)
+
+        hook = model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
+        logits(model, inputs)
+        hook.remove()
+        embeds = seen["inputs_embeds"]
+        visual = inputs["input_ids"][0] == _common.IMAGE
+        at = torch.nonzero(visual).squeeze(1)
+        plan = tiny.drop(embeds[0, at], inputs["video_grids"])
+        kept = torch.cat([torch.nonzero(~visual).squeeze(1), at[plan.anchor.long()]]).sort().values
+        mask = torch.ones(len(kept), len(kept)).tril().bool()
+        if both:
+            typed = inputs["mm_token_type_ids"][0, kept] == 1
+            mask |= typed[:, None] & typed
+        out = model.model.language_model(
+            inputs_embeds=embeds[:, kept], attention_mask=mask[None, None], position_ids=kept[None], use_cache=False
+        )
+        return model.lm_head(out.last_hidden_state)
+
+    def test_by_hand(self):
+        model, samples = molmo2.make(), [[("video", 3, 56), ("video", 2, 56)]]
+        inputs = molmo2.batch(samples)
+        with torch.no_grad():
+            want, causal = self.by_hand(model, inputs, True), self.by_hand(model, inputs, False)
+        with attach(model, visual=tiny.drop):
+            got = logits(model, inputs)
+        assert far(got, want) < 2e-5 * got.abs().max()
+        assert far(got, causal) > 1e-3 * got.abs().max()
+
+
+class TestMiniMaxSparse:
+    """Layers whose index counts columns."""
+
+    def make(self):
+        return minimax_m3_vl.make(
+            layer_types=["full_attention", "minimax_m3_sparse"], index_n_heads=2, index_head_dim=16,
+            index_block_size=8, index_topk_blocks=2,
+        )  # fmt: skip
+
+    def test_one_row(self):
+        model = self.make()
+        inputs = minimax_m3_vl.batch([[("video", 8, 112), ("video", 4, 56)]])
+        with attach(model, visual=tiny.drop):
+            got, out = tiny.generate(model, inputs, 4)
+            assert far(got, test_zoo.uncached(model, inputs, out.sequences[:, -4:])) < 2e-5 * got.abs().max()
+
+    def test_padding(self):
+        model, inputs = self.make(), minimax_m3_vl.batch(minimax_m3_vl.ROWS)
+        with attach(model, visual=tiny.drop), pytest.raises(ValueError, match="expected rows of one length"):
+            model(**inputs)
+
+    def test_inside(self):
+        with pytest.raises(ValueError, match="expected a known kind of layer"):
+            attach(self.make(), decoder="uni_1_0.5")
+
+
+class TestKimi:
+    """Frames of a chunk are averaged, and upstream's own split of the features does not know it."""
+
+    def test_long_chunk(self):
+        with pytest.raises(RuntimeError, match="split_sizes"):
+            kimi_k25.make()(**kimi_k25.batch([[("video", 4, 56)]]))
+
+
+class TestVideoLlama3:
+    """A mask of tokens that the processor left out."""
+
+    def test_compressed(self):
+        model, samples = video_llama_3.make(), [[("video", 3, 56), ("video", 2, 56)]]
+        inputs = video_llama_3.batch(samples)
+        at = torch.nonzero(inputs["input_ids"][0] == _common.VIDEO).squeeze(1)
+        kept = torch.ones(len(at), dtype=torch.bool)
+        kept[[5, 7, 10]] = False
+        left = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
+        left[at[~kept]] = False
+        inputs |= {k: inputs[k][:, left] for k in ("input_ids", "attention_mask")}
+        inputs["video_compression_mask"] = kept
+        with attach(model, visual=tiny.drop) as handle:
+            got, out = tiny.generate(model, inputs, 3)
+            assert [s.grid_thw for s in handle.report().samples] == [(1, 1, 9), (2, 2, 2)]
+            assert far(got, test_zoo.uncached(model, inputs, out.sequences[:, -3:])) < 2e-5 * got.abs().max()
