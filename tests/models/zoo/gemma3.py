@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.models.zoo import _common, _frames
 
-NAME, MIN_VERSION, ROWS = "gemma3", (5, 23), _frames.RUNS
+NAME, MIN_VERSION, ROWS = "gemma3", (5, 17), _frames.RUNS
 
 
 def make(attention: str = "sdpa", layers: int = 2, seed: int = 0) -> Any:

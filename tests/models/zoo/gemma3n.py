@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tests.models.zoo import _common, _frames
 
-NAME, MIN_VERSION, ROWS = "gemma3n", (5, 23), _frames.RUNS
+NAME, MIN_VERSION, ROWS = "gemma3n", (5, 17), _frames.RUNS
 REFUSED = {"attn": "expected a layer of one residual stream"}
 
 
@@ -43,12 +43,12 @@ def make(attention: str = "sdpa", layers: int = 5, seed: int = 0) -> Any:
         },
         vision_soft_tokens_per_image=4, image_token_id=IMAGE, audio_token_id=AUDIO,
     )  # fmt: skip
-    automatic = modeling.AutoModel
+    automatic, vision = modeling.AutoModel, config.vision_config
 
     class Towers:
         @staticmethod
-        def from_config(part: Any, **options: Any) -> Any:
-            return Tower() if part is config.vision_config else automatic.from_config(part, **options)
+        def from_config(config: Any, **options: Any) -> Any:
+            return Tower() if config is vision else automatic.from_config(config, **options)
 
     modeling.AutoModel = Towers
     try:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.models.zoo import _common, _frames
 
-NAME, MIN_VERSION, ROWS = "llava_next_video", (5, 17), _frames.DENSE
+NAME, MIN_VERSION, ROWS = "llava_next_video", (4, 57), _frames.DENSE
 
 
 def make(attention: str = "sdpa", layers: int = 2, seed: int = 0) -> Any:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.models.zoo import _common, _frames
 
-NAME, MIN_VERSION = "video_llava", (5, 17)
+NAME, MIN_VERSION = "video_llava", (4, 57)
 ROWS: list[list[_common.Clip]] = [[("video", 3, 56)], [("video", 3, 56), ("video", 3, 56)], [("video", 3, 56)]]
 
 

@@ -111,6 +111,14 @@ def locate(model: Any) -> Places:
 
 
 def _places(family: Family, outer: nn.Module | None, base: Any) -> Places:
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < family.since:
+        raise ValueError(
+            f"expected transformers {'.'.join(map(str, family.since))} or later for {type(base).__name__}, "
+            f"got {transformers.__version__}"
+        )
     if family.language and not hasattr(base, family.language):
         raise ValueError(
             f"expected a model with .{family.language}, as transformers 4.57 and later have it, "

@@ -98,6 +98,7 @@ FAMILIES = (
         base_masks=True,
         masks=partial(_masks, always=True),
         frames=True,
+        since=(5, 17),
     ),
     Family(
         "gemma3n",
@@ -107,6 +108,7 @@ FAMILIES = (
         towers=("vision_tower",),
         positions="rope",
         frames=True,
+        since=(5, 17),
     ),
     Family(
         "gemma4",
@@ -117,6 +119,7 @@ FAMILIES = (
         positions="rope",
         base_masks=True,
         masks=_masks,
+        since=(5, 23),
     ),
     Family(
         "gemma4_unified",
@@ -127,5 +130,6 @@ FAMILIES = (
         positions="rope",
         base_masks=True,
         masks=_masks,
+        since=(5, 23),
     ),
 )
