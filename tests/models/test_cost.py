@@ -26,8 +26,8 @@ MODELS = {
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "DeepseekV3": {
         "num_key_value_heads": 4, "head_dim": 8, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
-        "q_lora_rank": 24, "kv_lora_rank": 20, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
-        "moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_shared_experts": 1,
+        "q_lora_rank": 24, "kv_lora_rank": 20, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2,
+        "topk_group": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_shared_experts": 1,
     },
 }  # fmt: skip
 

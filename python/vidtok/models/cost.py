@@ -18,7 +18,8 @@ dropping inside the decoder does not change.
 The cache holds :math:`\text{columns} \cdot (w_k + w_v) \cdot \text{bytes of the dtype}` per row, keys and values of
 the key/value heads; a sliding-window layer holds :math:`\min(\text{columns}, s - 1)` of them after a prefill. Layers
 without attention hold a state of fixed size, which no reduction changes and which is not counted, and layers that share
-the cache of an earlier layer hold nothing.
+the cache of an earlier layer hold nothing. Of a kind of layer that is not named here (attention by an index), only
+:math:`2 n P` counts.
 """
 
 from __future__ import annotations
