@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vidtok.models.families._base import Family, Grid, Media
-from vidtok.models.families._runs import frame_units
+from vidtok.models.families._runs import frame_units, square
 
-_ADJACENT = frame_units(gap=4)
+_ADJACENT, _NEAR = frame_units(gap=4), frame_units()
 
 
 def _packed(media: Media) -> list[tuple[Tensor, Grid]]:
     """MiniCPM packs frames into one row of patches; frames of a video lie between marks without other text."""
     name = "target_sizes_videos" if media.kind == "video" else "target_sizes"
     sizes = media.input("target_sizes" if media.encoded is not None else name)
-    units = _ADJACENT(media)
+    if media.kind == "image":
+        units = [(run, (1, *square(run.numel()))) for run in media.runs()]
+    else:
+        units = _ADJACENT(media)
     if sizes is None or len(sizes) != sum(t for _, (t, _, _) in units):
         return units
     sized, at = [], 0
@@ -49,9 +54,41 @@ def _pooled(media: Media) -> list[tuple[Tensor, Grid]]:
         per, rest = divmod(part.numel(), frames)
         if rest:
             frames, per = 1, part.numel()
-        side = math.isqrt(per)
-        units.append((part, (frames, side, side) if side * side == per else (frames, 1, per)))
+        units.append((part, (frames, *square(per))))
     return units
+
+
+def _tiled(media: Media) -> list[tuple[Tensor, Grid]]:
+    """LLaVA-NeXT puts a newline behind each row of the tiles of an image, which stays."""
+    if media.encoded is not None:
+        features = torch.cat(list(media.encoded.pooler_output))
+        newline = (features == media.module.image_newline.to(features)).all(-1).cpu()
+    else:
+        newline = torch.cat([_newlines(media.module, size) for size in media.arguments["image_sizes"]])
+    if newline.numel() != media.columns.numel():
+        raise ValueError(
+            f"expected {newline.numel()} tokens for the images, got {media.columns.numel()} in this call "
+            "(prefill_chunk_size and truncated prompts cannot be reduced)"
+        )
+    units = []
+    for part, (frames, _, _) in _NEAR(media):
+        at = torch.searchsorted(media.columns, part)
+        own = part[~newline.to(part.device)[at]]
+        units.append((own, (frames, *square(own.numel() // frames))))
+    return units
+
+
+def _newlines(module: Any, size: Tensor) -> Tensor:
+    """bool: which tokens of an image of this size are newlines; its whole view comes before its tiles."""
+    config, source = module.config, sys.modules[type(module).__module__]
+    side = int(config.vision_config.image_size)
+    width = side // int(config.vision_config.patch_size)
+    whole = torch.zeros(width * width, dtype=torch.bool)
+    if source.image_size_to_num_patches(size, config.image_grid_pinpoints, side) == 1:
+        return torch.cat([whole, whole.new_ones(1)])
+    rows, columns = source.get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)
+    tiles = source.unpad_image(whole.new_zeros(1, rows * width, columns * width), size)[0]
+    return torch.cat([whole, torch.nn.functional.pad(tiles, (0, 1), value=True).flatten()])
 
 
 FAMILIES = (
@@ -135,7 +172,7 @@ FAMILIES = (
         "llava_next",
         "LlavaNextModel",
         ("LlavaNextForConditionalGeneration",),
-        frame_units(),
+        _tiled,
         towers=("vision_tower",),
         positions="rope",
         images=False,
