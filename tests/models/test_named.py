@@ -30,11 +30,13 @@ def prompt():
     return ids, mask, spans
 
 
-def steps(model, ids, tokens, mask=None):
-    """Logits of each step, computed from the start."""
+def steps(model, ids, tokens, mask=None, answers=False):
+    """Logits of each step, computed from the start; with ``answers`` the last token of the prompt goes on asking."""
     out = []
     for n in range(tokens.shape[1]):
         given = {} if mask is None else {"attention_mask": torch.cat([mask, torch.ones_like(tokens[:, :n])], 1)}
+        if answers:
+            given["labels"] = torch.cat([torch.full_like(ids, -100), tokens[:, :n]], 1)
         out.append(model(input_ids=torch.cat([ids, tokens[:, :n]], 1), use_cache=False, **given).logits[:, -1])
     return torch.stack(out, 1)
 
@@ -68,6 +70,43 @@ def test_cached_equals_uncached_equals_alone(kind, attention):
                 assert far(got[i : i + 1], steps(model, own, tokens[i : i + 1])) < 2e-5
         assert far(got[:, 0], before[:, -1]) > 1e-2
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("how", ["uni", "attn", "both"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_drops_between_layers(kind, how, attention):
+    model = plain.make(kind, attention, **TEXT.get(kind, {}))
+    ids, mask, spans = prompt()
+    at = (2, 4) if kind == "nemotron_h" else (1, 2)
+    spec = {"uni": "uni_{}_0.5-uni_{}_0.25", "attn": "attn_{}_0.5-attn_{}_0.25", "both": "uni_{}_0.75-attn_{}_0.25"}[
+        how
+    ]
+    before = model(input_ids=ids, attention_mask=mask).logits
+    with vidtok.attach(model, visual=tiny.drop if how == "both" else None, decoder=spec.format(*at)) as handle:
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+        with handle.tokens(spans, frames=8):
+            got, out = tiny.generate(model, {"input_ids": ids, "attention_mask": mask}, STEPS)
+            tokens = out.sequences[:, -STEPS:]
+            assert far(got, steps(model, ids, tokens, mask, how != "uni")) < 2e-5
+        share = 2 if how == "both" else 1
+        held = {layer.keys.shape[2] for layer in out.past_key_values.layers if getattr(layer, "keys", None) is not None}
+        if kind != "mistral":
+            last = max(a + v // share // 4 + b for a, v, b in ROWS) + STEPS - 1
+            assert min(held) == last, (held, last)
+        for i, (first, visual, last) in enumerate(ROWS):
+            own = ids[i : i + 1, -(first + visual + last) :]
+            with handle.tokens([(0, first, first + visual)], frames=8):
+                assert far(got[i : i + 1], steps(model, own, tokens[i : i + 1], None, how != "uni")) < 2e-5
+        assert far(got[:, 0], before[:, -1]) > 1e-2
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+
+
+def test_attn_needs_an_attention_layer():
+    if "nemotron_h" in KINDS:
+        with pytest.raises(ValueError, match="attn at an attention layer"):
+            vidtok.attach(plain.make("nemotron_h"), decoder="attn_1_0.5")
 
 
 @torch.no_grad()
