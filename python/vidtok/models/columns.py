@@ -12,6 +12,8 @@ from vidtok.models import cache as caches
 from vidtok.models.cache import State
 from vidtok.plan import Plan
 
+_WINDOWED = ("sliding", "chunked")
+
 
 def new_columns(mask: Any, batch: int, length: int, past: int, cache: Any, device: torch.device) -> Tensor | None:
     """bool ``[B, L]``, True for real tokens among the columns of this pass; None when all are.
@@ -20,8 +22,11 @@ def new_columns(mask: Any, batch: int, length: int, past: int, cache: Any, devic
         mask: what the model was given: 2-D, or the 4-D mask or masks that ``generate`` makes for a static cache.
         past: columns that the cache holds already.
     """
+    windowed = False
     if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
+        kinds = sorted(mask, key=lambda kind: (kind != "full_attention", kind.startswith(_WINDOWED)))
+        windowed = bool(kinds) and kinds[0].startswith(_WINDOWED)
+        mask = mask[kinds[0]] if kinds else None
     if mask is None:
         return None
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
@@ -29,8 +34,9 @@ def new_columns(mask: Any, batch: int, length: int, past: int, cache: Any, devic
     elif isinstance(mask, Tensor) and mask.dim() == 4 and caches.is_static(cache):
         if past:
             return None
-        last = mask[:, 0, -1, :length].expand(batch, length).to(device)
-        new = last if last.dtype == torch.bool else last == 0
+        # The last row sees all real columns; behind a window, each is seen by some row.
+        seen = mask[:, 0, :, :length] if windowed else mask[:, 0, -1:, :length]
+        new = (seen if seen.dtype == torch.bool else seen == 0).any(1).expand(batch, length).to(device)
     else:
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         _check.fail("an attention mask of shape [B, L], or none", str(shape))
@@ -77,7 +83,7 @@ def consecutive(mask: Tensor | None, batch: int, past: int, length: int, device:
     return (mask[:, : past + length].long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
-def gathered(mask: Any, rows: Plan, valid: Tensor, past: int) -> Any:
+def gathered(mask: Any, rows: Plan, valid: Tensor, past: int, size: int | None = None) -> Any:
     """The masks of reduced rows, cut out of the 4-D mask, or masks by layer type, that the base model made.
 
     Args:
@@ -85,9 +91,10 @@ def gathered(mask: Any, rows: Plan, valid: Tensor, past: int) -> Any:
         rows: the plan of the rows.
         valid: bool ``[B, L']``, its real outputs.
         past: columns that the cache held before this pass.
+        size: columns of a static cache, None of a growing one.
     """
     if isinstance(mask, dict):
-        return {kind: gathered(value, rows, valid, past) for kind, value in mask.items()}
+        return {kind: gathered(value, rows, valid, past, size) for kind, value in mask.items()}
     batch, width = valid.shape
     if mask is None:
         if not rows.padded:
@@ -101,10 +108,12 @@ def gathered(mask: Any, rows: Plan, valid: Tensor, past: int) -> Any:
     source = rows.anchor.long().view(batch, width).clamp(min=0) % length
     index = source[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
     mask = mask.expand(batch, -1, -1, -1).gather(2, index)
+    static = mask.shape[3] == size
     new = mask[..., past:].gather(3, source[:, None, None, :].expand(-1, mask.shape[1], width, -1))
     hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     new = new.masked_fill(~valid[:, None, None, :], hidden)
-    return torch.cat([mask[..., :past], new], -1)
+    mask = torch.cat([mask[..., :past], new], -1)
+    return torch.nn.functional.pad(mask, (0, size - mask.shape[3]), value=hidden) if static and size else mask
 
 
 def shorten(labels: Tensor, rows: Plan, valid: Tensor | None) -> None:

@@ -118,7 +118,7 @@ class InputHook:
         (batch, length), device = tokens.shape[:2], tokens.device
         past = caches.physical_length(cache)
         given = arguments.get("attention_mask")
-        if given is not None and not (isinstance(given, Tensor) and given.dim() == 2):
+        if given is not None and not (isinstance(given, Tensor) and given.dim() == 2) and not caches.is_static(cache):
             return None
         new = columns.new_columns(given, batch, length, past, cache, device)
         old = columns.past_columns(state, given, length, past, device)
@@ -256,7 +256,7 @@ class InputHook:
         full = torch.ones(batch, past + width, dtype=torch.long, device=device)
         remade = self.family.masks is not None
         if self.family.base_masks and not remade and not (isinstance(given, Tensor) and given.dim() == 2):
-            changed["attention_mask"] = columns.gathered(given, rows, valid, past)
+            changed["attention_mask"] = columns.gathered(given, rows, valid, past, caches.capacity(cache))
         else:
             changed["attention_mask"] = full if mask is None else mask.long()
         number = columns.consecutive(mask, batch, past, width, device)
