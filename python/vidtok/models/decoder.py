@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vidtok import _check, ops
-from vidtok.models import budgets, columns, layers, masks, scoring
+from vidtok.models import budgets, columns, compress, layers, masks, scoring
 from vidtok.models import cache as caches
 from vidtok.models.cache import Stages, State
 from vidtok.models.drop import Drop
@@ -38,6 +38,8 @@ class DecoderHook:
         self.layers = layers.Layers(language_model)
         drop.validate(len(self.layers.modules), self.layers.kinds)
         self.entries = drop.entries
+        if drop.compress and position != "keep":
+            _check.fail("position='keep' with compress=True, whose early layers keep rotated keys", repr(position))
         self.layers.check(self.entries)
         self.asks = any(stage.kind == "attn" for stage in drop.stages)
         self.transv = self._transv(language_model)
@@ -117,7 +119,9 @@ class DecoderHook:
         last = run.last()
         if run.labels is not None and last.total is not None:
             columns.shorten(run.labels, last.total, last.valid)
-        if cache is not None and run.steps:
+        if cache is not None and run.steps and self.drop.compress:
+            compress.compress(cache, run)
+        elif cache is not None and run.steps:
             dropped, held = [], []
             for s in range(len(self.entries)):
                 step = run.at(s)
@@ -145,6 +149,8 @@ class DecoderHook:
             )
         if tokens is None:
             return
+        if self.drop.compress:
+            compress.check(cache)
         if any(arguments.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k")):
             raise ValueError("expected padded rows, got rows packed by cu_seq_lens, which cannot be reduced")
         if self.asks and caches.physical_length(cache):

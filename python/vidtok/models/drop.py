@@ -32,12 +32,13 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "convention": ("keep", "drop"),
     "rounding": ("int", "int_min1", "round"),
     "base": ("original", "current"),
+    "compress": (False, True),
 }
 
 
 def _bundle(**options: Any) -> Mapping[str, Any]:
     common = {"query": "last", "norm": False, "rope": False, "layer": "own", "reduce": "mean", "budget": "item"}
-    return MappingProxyType({**common, "rounding": "int", "base": "original", **options})
+    return MappingProxyType({**common, "rounding": "int", "base": "original", "compress": False, **options})
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -47,7 +48,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "fastv": _bundle(norm=True, rope=True, layer="previous", rounding="round"),
         "vscan": _bundle(norm=True, base="current"),
         "prunevid": _bundle(
-            query="question", norm=True, rope=True, layer="after", reduce="max", budget="group", base="current"
+            query="question",
+            norm=True,
+            rope=True,
+            layer="after",
+            reduce="max",
+            budget="group",
+            base="current",
+            compress=True,
         ),
     }
 )
@@ -90,7 +98,7 @@ class Drop:
             fastv         last                     yes, yes    previous round(ratio · original)     mean
             vscan         last                     yes, no     own      int(ratio · present)        mean
             prunevid      all of the question      yes, yes    after    int(ratio · present), of    max, also
-                                                                        each group of stage 1       over rows
+                          (compress)                                    each group of stage 1       over rows
             ============  =======================  ==========  =======  ==========================  ==========
         query: the row that asks. ``last``: the last prompt token; with labels, the last one before the
             last answer, so that training decides as inference does. ``turns``: with labels, the mean
@@ -111,6 +119,9 @@ class Drop:
         rounding: ``int`` (towards zero; may leave none), ``int_min1`` (at least 1) or ``round``.
         base: what a ratio is of: the ``original`` tokens that entered the decoder, or the ``current`` ones.
         merge: ``"transv"`` or a :class:`~vidtok.models.transv.TransV`: pass dropped tokens to the text.
+        compress: whether the layers before a drop forget its tokens too once the prompt is read: keys and
+            values of all layers shrink alike, and decoded tokens see what is left everywhere (so a pass
+            without a cache, in which early layers see everything, gives other logits).
 
     Raises:
         SpecError: showing the part of the spec that is wrong.
@@ -137,6 +148,7 @@ class Drop:
     rounding: str | None = None
     base: str | None = None
     merge: str | nn.Module | None = None
+    compress: bool | None = None
 
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in PRESETS:
