@@ -171,8 +171,11 @@ def test_the_trainers_losses_are_those_of_the_plain_loop(models, tmp_path):
 
 
 # ---------------------------------------------------------------------- gradients
-def by_hand(model, inputs, keep):
-    """Loss of the rows after leaving out ``~keep`` columns, written without vidtok: each row alone, from embeddings."""
+def by_hand(model, inputs, stay):
+    """Loss of reduced rows, written without vidtok: each row alone, from embeddings through the layers.
+
+    ``stay`` maps a layer to the columns that it still sees, bool ``[B, L]``.
+    """
     base = model.model
     embeds = base.get_input_embeddings()(inputs["input_ids"])
     encoded = base.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
@@ -183,18 +186,34 @@ def by_hand(model, inputs, keep):
     position, _ = base.get_rope_index(**{k: inputs[k] for k in names if k in inputs})
     total, count = 0.0, 0
     for i in range(embeds.shape[0]):
-        at = (keep[i] & inputs["attention_mask"][i].bool()).nonzero().squeeze(1)
-        out = base.language_model(
-            inputs_embeds=embeds[i, at][None],
-            position_ids=position[:, i, at][:, None],
-            attention_mask=torch.ones(1, len(at), dtype=torch.long),
-            use_cache=False,
-        )
-        logits = model.lm_head(out.last_hidden_state)[0, :-1].float()
-        labels = inputs["labels"][i, at][1:]
+        columns = inputs["attention_mask"][i].nonzero().squeeze(1)
+        hidden = embeds[i, columns][None]
+        rotary = base.language_model.rotary_emb(hidden, position[:, i, columns][:, None])
+        for n, layer in enumerate(base.language_model.layers):
+            if n in stay:
+                kept = stay[n][i, columns]
+                columns, hidden = columns[kept], hidden[:, kept]
+                rotary = tuple(part[..., kept, :] for part in rotary)
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        logits = model.lm_head(base.language_model.norm(hidden))[0, :-1].float()
+        labels = inputs["labels"][i, columns][1:]
         total = total + F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
         count += int((labels != -100).sum())
     return total / count
+
+
+def seen(report, inputs):
+    """For each layer at which tokens were dropped, the columns that stay, as the report has them."""
+    stay = {}
+    for index in (0, *(n for n, _ in report.samples[0].stages)):
+        stay[index] = inputs["input_ids"] != tiny.VIDEO
+        start = [0] * len(stay[index])
+        for sample in report.samples:
+            columns = (inputs["input_ids"][sample.row] == tiny.VIDEO).nonzero().squeeze(1)[start[sample.row] :]
+            stay[index][sample.row, columns[sample.at(index).anchor.long()]] = True
+            start[sample.row] += sample.tokens_in
+    return stay
 
 
 def gradients(model, loss):
@@ -229,7 +248,7 @@ def test_gradients_are_those_of_a_reduced_forward_by_hand(models, reentrant, sid
     rows = [[("video", 8, 112)], [("video", 4, 56), ("video", 4, 84)], [("video", 6, 56)]]
     rows[1][1] = ("video", 4, 112)
     model, inputs = fresh(models), labelled(rows, side)
-    loss = by_hand(model, inputs, every_other(inputs))
+    loss = by_hand(model, inputs, {0: every_other(inputs)})
     expected = gradients(model, loss)
     checkpointed(model, reentrant)
     with vidtok.attach(model, visual=by_rule):
@@ -242,6 +261,51 @@ def test_gradients_are_those_of_a_reduced_forward_by_hand(models, reentrant, sid
     # Without a reduction the gradients are others.
     plain = gradients(model, model(**inputs, use_cache=False).loss)
     assert max((plain[n] - expected[n]).abs().max() for n in expected) > 1e-3
+
+
+INSIDE = {
+    "uni": {"decoder": "uni_1_0.5"},
+    "attn": {"decoder": "uni_1_0.5-attn_2_0.25"},
+    "both": {"visual": tiny.drop, "decoder": "attn_1_0.5-uni_2_0.25"},
+}
+
+
+@pytest.mark.parametrize("reentrant", CHECKPOINTING.values(), ids=CHECKPOINTING)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("where", INSIDE.values(), ids=INSIDE)
+def test_gradients_inside_the_decoder_are_those_by_hand(models, where, side, reentrant):
+    model, inputs = checkpointed(fresh(models), reentrant), labelled(side=side)
+    with vidtok.attach(model, **where) as handle:
+        mine = model(**inputs, use_cache=False).loss
+        got = gradients(model, mine)
+        stay = seen(handle.report(), inputs)
+    if reentrant is not None:
+        model.gradient_checkpointing_disable()
+    loss = by_hand(model, inputs, stay)
+    expected = gradients(model, loss)
+    torch.testing.assert_close(mine, loss, rtol=1e-5, atol=1e-6)
+    assert set(got) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    # Other tokens give other gradients.
+    stay[max(stay)] = stay[max(stay)] | (inputs["input_ids"] == tiny.VIDEO)
+    other = gradients(model, by_hand(model, inputs, stay))
+    assert max((other[n] - expected[n]).abs().max() for n in expected) > 1e-3
+
+
+@pytest.mark.parametrize("reentrant", CHECKPOINTING.values(), ids=CHECKPOINTING)
+def test_loss_falls_in_the_trainer_with_stages_inside(models, tmp_path, reentrant):
+    model = fresh(models)
+    options = {} if reentrant is None else {
+        "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }  # fmt: skip
+    reduction = TokenReduction(visual="uniform:ratio=0.5", decoder="uni_1_0.5-attn_2_0.25")
+    run = trainer(model, tmp_path, [reduction], **options)
+    run.train()
+    curve = losses(run)
+    assert curve[-1] < 0.7 * curve[0]
+    layers = reduction.handle.report().layers
+    assert layers[0].tokens > layers[1].tokens > layers[2].tokens
 
 
 # ---------------------------------------------------------------------- lifecycle
@@ -261,7 +325,7 @@ def test_evaluation_and_prediction_between_steps_run_reduced(models, tmp_path):
     run.train()
     inputs = run.train_dataset.inputs
     with torch.no_grad():
-        expected = by_hand(model.eval(), inputs, every_other(inputs))
+        expected = by_hand(model.eval(), inputs, {0: every_other(inputs)})
         plain = model(**inputs, use_cache=False).loss
     evaluated = [e["eval_loss"] for e in run.state.log_history if "eval_loss" in e]
     assert len(evaluated) == len(seen) == 2
