@@ -265,6 +265,8 @@ class InputHook:
             types = call.types
             if types is not None:
                 (types,) = ops.position_remap(rows, types[:, -length:].to(device), dim=-1, fill=0)
+                # Counted from the first column that the cache holds; what it holds asks nothing any more.
+                types = torch.nn.functional.pad(types, (past, 0))
             changed["attention_mask"] = self.family.masks(self.base, changed, types)  # type: ignore[misc]
         if call.tokens is not None:
             call.tokens = call.tokens.after(rows)

@@ -54,7 +54,7 @@ def dense_units(side: Side | None = None, extra: int = 0) -> Rule:
     return rule
 
 
-def frame_units(gap: int = 12) -> Rule:
+def frame_units(gap: int = 10) -> Rule:
     """Units of videos that come as images, a stretch of placeholders per frame.
 
     Stretches of one length with at most ``gap`` tokens between them are frames of one video, unless the
