@@ -9,7 +9,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from tests.models import flash, tiny, zoo
+from tests.models import tiny, zoo
 from vidtok.models import attach
 from vidtok.models.families import FAMILIES
 
@@ -129,12 +129,12 @@ class TestVisual:
             assert far(other, got[:, :1]) > 1e-3 * scale
 
 
-@pytest.mark.parametrize("kind", ["uni", "attn"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", TAKEN)
 class TestDecoder:
     """Reduction between the layers."""
 
+    @pytest.mark.parametrize("kind", ["uni", "attn"])
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     def test_rows(self, name, attention, kind):
         module, (model, inputs) = family(name), made(name, attention)
         spec = f"{kind}_{getattr(module, 'DROP_AT', 1)}_0.5"
@@ -158,24 +158,16 @@ class TestDecoder:
             assert far(other, got[:, :1]) > 1e-4 * scale
         assert torch.equal(tiny.generate(model, inputs, 1)[0], whole[:, :1])
 
-
-@pytest.mark.parametrize("name", TAKEN)
-def test_flash(name):
-    """flash_attention_2, before and inside the decoder: packed rows are never seen where there are none."""
-    module = family(name)
-    with flash.installed() as calls:
-        broken = getattr(module, "NO_FLASH", "")
-        if broken:
-            with pytest.raises((ValueError, ImportError, AssertionError), match=broken):
-                logits(module.make("flash_attention_2"), module.row(module.batch(module.ROWS), module.ROWS, 0))
+    def test_both(self, name):
+        module, (model, inputs) = family(name), made(name)
+        if "uni" in getattr(module, "REFUSED", {}):
             return
-        model, inputs = module.make("flash_attention_2"), module.batch(module.ROWS)
-        inside = None if "uni" in getattr(module, "REFUSED", {}) else f"uni_{getattr(module, 'DROP_AT', 1)}_0.5"
-        with attach(model, visual=tiny.drop, decoder=inside):
-            calls.clear()
+        with attach(model, visual=tiny.drop):
+            before, _ = tiny.generate(model, inputs, 3)
+        with attach(model, visual=tiny.drop, decoder=f"uni_{getattr(module, 'DROP_AT', 1)}_0.5"):
             got, out = tiny.generate(model, inputs, 3)
-            assert calls
+            scale = got.abs().max()
             for i in range(len(module.ROWS)):
-                tokens = out.sequences[i : i + 1, -3:]
-                alone = uncached(model, module.row(inputs, module.ROWS, i), tokens)
-                assert far(got[i : i + 1], alone) < 2e-5 * got.abs().max()
+                alone = uncached(model, module.row(inputs, module.ROWS, i), out.sequences[i : i + 1, -3:])
+                assert far(got[i : i + 1], alone) < 2e-5 * scale
+        assert (got - before).abs().amax((1, 2)).min() > 1e-4 * scale

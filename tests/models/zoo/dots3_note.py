@@ -7,7 +7,6 @@ from tests.models.zoo import _common as common
 
 NAME, MIN_VERSION, ROWS = "dots3_note", (5, 23), common.ROWS
 REFUSED = {"attn": "expected attn at an attention layer"}
-NO_FLASH = "does not support Flash Attention"
 batch, row = partial(common.grid_batch, types=False, temporal=1), common.grid_row
 
 

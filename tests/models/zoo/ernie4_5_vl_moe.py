@@ -3,8 +3,6 @@
 from tests.models.zoo import _common, _grids
 
 NAME, MIN_VERSION, ROWS = "ernie4_5_vl_moe", (5, 17), _common.ROWS
-# The unreduced model gives its layers three rows of positions, which flash-attention takes for packed sequences.
-NO_FLASH = "cu_seqlens"
 row = _common.grid_row
 
 

@@ -5,8 +5,6 @@ from functools import partial
 from tests.models.zoo import _common, _grids
 
 NAME, MIN_VERSION, ROWS = "glm4v_moe", (4, 57), _common.ROWS
-# The unreduced model gives its layers three rows of positions, which flash-attention takes for packed sequences.
-NO_FLASH = "cu_seqlens"
 batch, row = partial(_common.grid_batch, **_grids.GLM_BATCH), _common.grid_row
 
 

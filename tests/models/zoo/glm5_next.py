@@ -6,7 +6,6 @@ from tests.models.zoo import _common, _grids
 
 NAME, MIN_VERSION, ROWS = "glm5_next", (5, 23), _common.ROWS
 REFUSED = {"uni": "expected x of shape", "attn": "expected attn at an attention layer"}
-NO_FLASH = "does not support Flash Attention"
 batch, row = partial(_common.grid_batch, **_grids.GLM_BATCH), _common.grid_row
 
 

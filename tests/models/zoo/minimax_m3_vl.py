@@ -6,7 +6,6 @@ from typing import Any
 from tests.models.zoo import _common as common
 
 NAME, MIN_VERSION, ROWS = "minimax_m3_vl", (5, 23), common.ROWS
-NO_FLASH = "kernels"
 batch, row = partial(common.grid_batch, types=False), common.grid_row
 
 

@@ -6,7 +6,6 @@ from tests.models.zoo import _common, _grids
 
 NAME, MIN_VERSION, ROWS = "qwen4_exp", (5, 23), _common.ROWS
 REFUSED = {"uni": "expected known arguments of a decoder layer", "attn": "expected attn at an attention layer"}
-NO_FLASH = "does not support Flash Attention"
 batch, row = partial(_common.grid_batch, stamps=True), _common.grid_row
 
 
