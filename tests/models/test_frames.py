@@ -1,0 +1,199 @@
+"""Videos that come as dense tensors or as images: which tokens are theirs, in every way that a model is called."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+
+from tests.models import tiny
+from tests.models.zoo import _common
+from vidtok.models import attach, families
+from vidtok.models.families._base import Media
+from vidtok.models.families._runs import frame_units
+from vidtok.plan import Plan
+
+NEW = pytest.mark.skipif(tiny.VERSION < (5, 23), reason="families of transformers 5.23")
+DENSE = ["llava_onevision", "llava_next_video", "video_llava"] + (["perception_lm"] if tiny.VERSION >= (5, 23) else [])
+FRAMES = ["internvl"] + (["gemma3", "gemma3n"] if tiny.VERSION >= (5, 17) else [])
+LATER = ["gemma4", "gemma4_unified", "nemotron_h_omni"] if tiny.VERSION >= (5, 23) else []
+ALL = DENSE + FRAMES + LATER
+
+
+def family(name):
+    """The zoo's module of a family."""
+    return importlib.import_module(f"tests.models.zoo.{name}")
+
+
+def first(features, grid_thw):
+    """Keep the first token of each video."""
+    sizes = grid_thw.prod(-1)
+    cu = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
+    return Plan.gather(cu[:-1].long(), cu, torch.arange(len(sizes) + 1, dtype=torch.int32), features.shape[0])
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_forward_and_generate_find_the_same(name):
+    module = family(name)
+    model, inputs = module.make(), module.batch(module.ROWS)
+    grids = []
+
+    def see(features, grid_thw):
+        grids.append((features, grid_thw))
+        return tiny.keep_all(features, grid_thw)
+
+    with attach(model, visual=see):
+        model(**inputs)
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    assert torch.equal(grids[0][1], grids[1][1]) and torch.equal(grids[0][0], grids[1][0])
+    frames = [count for clips in module.ROWS for _, count, _ in clips]
+    assert grids[0][1][:, 0].tolist() == frames
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_beams(name):
+    module = family(name)
+    model, inputs = module.make(), module.batch(module.ROWS)
+    options = {"num_beams": 2, "do_sample": False, "max_new_tokens": 3}
+    with attach(model, visual=tiny.drop):
+        assert torch.equal(model.generate(**inputs, **options), model.generate(**inputs, **options, use_cache=False))
+
+
+@torch.no_grad()
+def test_newline_of_llava_onevision_stays():
+    module = family("llava_onevision")
+    model, samples = module.make(), [[("video", 4, 56)]]
+    inputs = module.batch(samples)
+    lengths = []
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda m, a: lengths.append(a[0]))
+    with attach(model, visual=first) as handle:
+        model(**inputs)
+    hook.remove()
+    assert [(s.tokens_in, s.tokens_out) for s in handle.report().samples] == [(16, 1)]
+    text = int((inputs["input_ids"] != _common.VIDEO).sum())
+    assert lengths[0].shape[1] == text + 2
+    assert (lengths[0][0] == model.model.image_newline).all(-1).sum() == 1
+
+
+def ids(*parts):
+    """A row: a number is a word, a string a stretch of placeholders of that length."""
+    return torch.tensor([[t for p in parts for t in ([_common.IMAGE] * int(p) if isinstance(p, str) else [p])]])
+
+
+def grouped(row, gap=10):
+    """Frames and tokens of the units that the rule finds in a row."""
+    columns = (row.reshape(-1) == _common.IMAGE).nonzero().squeeze(1)
+    return [
+        (grid, part.tolist())
+        for part, grid in frame_units(gap)(Media(None, "image", columns, row.shape[1], {"input_ids": row}))
+    ]
+
+
+class TestFrames:
+    """Stretches of placeholders and the text between them."""
+
+    LABEL = (7, 8, 9, 10)
+
+    def frame(self, number):
+        return (*self.LABEL, number, 11, "4", 12)
+
+    def test_labels_that_count_belong_together(self):
+        row = ids(5, *self.frame(20), *self.frame(21), *self.frame(22), 6)
+        assert [grid for grid, _ in grouped(row)] == [(3, 2, 2)]
+
+    def test_count_that_restarts_begins_a_video(self):
+        row = ids(5, *self.frame(20), *self.frame(21), *self.frame(20), *self.frame(21), *self.frame(22))
+        assert [grid for grid, _ in grouped(row)] == [(2, 2, 2), (3, 2, 2)]
+
+    def test_frames_without_numbers_do_not_restart(self):
+        row = ids(5, *self.frame(20), *self.frame(20), *self.frame(20))
+        assert [grid for grid, _ in grouped(row)] == [(3, 2, 2)]
+
+    def test_long_text_and_other_sizes_separate(self):
+        words = range(20, 31)
+        assert [grid for grid, _ in grouped(ids(5, "4", 6, "4", *words, "4", 6, "4"))] == [(2, 2, 2), (2, 2, 2)]
+        assert [grid for grid, _ in grouped(ids(5, "4", 6, "8", 7, "8"))] == [(1, 2, 2), (2, 1, 8)]
+
+    def test_rows_separate(self):
+        row = torch.cat([ids("4", 5, 6), ids(7, 8, "4")])
+        assert [grid for grid, _ in grouped(row)] == [(1, 2, 2), (1, 2, 2)]
+
+    @torch.no_grad()
+    def test_single_images_stay(self):
+        module = family("internvl")
+        model, inputs = module.make(), module.batch([[("video", 1, 56)]])
+        with attach(model, visual=first) as handle:
+            model(**inputs)
+        assert not handle.report().samples
+
+
+@NEW
+class TestMasks:
+    """What goes wrong without the remaking of masks."""
+
+    def spread(self, name):
+        module = family(name)
+        model, inputs = module.make(), module.batch(module.ROWS)
+        with attach(model, visual=tiny.drop):
+            got, out = tiny.generate(model, inputs, 3)
+            row = module.row(inputs, module.ROWS, 1)
+            alone, _ = tiny.generate(model, row, 3)
+        return (got[1] - alone[0]).abs().max().item(), out.sequences[1, -3:]
+
+    @pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+    def test_windows_count_the_tokens_that_are_left(self, name, monkeypatch):
+        assert self.spread(name)[0] < 2e-5
+        module = family(name)
+        model, inputs = module.make(), module.batch(module.ROWS)
+        with torch.no_grad(), attach(model, visual=tiny.drop):
+            right = model(**inputs, use_cache=False).logits[:, -1]
+        known = families.FAMILIES[name]
+        monkeypatch.setitem(families.FAMILIES, name, dataclasses.replace(known, masks=None))
+        with torch.no_grad(), attach(model, visual=tiny.drop):
+            cut = model(**inputs, use_cache=False).logits[:, -1]
+        assert (cut - right).abs().max() > 1e-4
+
+    def second_turn(self, name):
+        module = family(name)
+        samples = [[("video", 2, 56)], [("video", 2, 56)]]
+        model, inputs = module.make(), module.batch(samples)
+        one, two = (module.row(inputs, samples, i) for i in range(2))
+        both = {k: torch.cat([one[k], two[k]], int(k in _common.PER_TOKEN)) for k in one}
+        with torch.no_grad(), attach(model, visual=tiny.drop):
+            held = model(**one, use_cache=True).past_key_values
+            later = {**two, **{k: v for k, v in both.items() if k.endswith(("attention_mask", "type_ids"))}}
+            got = model(**later, past_key_values=held).logits[:, -1]
+            return (got - model(**both, use_cache=False).logits[:, -1]).abs().max().item()
+
+    @pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+    def test_second_video(self, name, monkeypatch):
+        assert self.second_turn(name) < 2e-5
+        known = families.FAMILIES[name]
+
+        def early(base, arguments, types):
+            past = arguments["attention_mask"].shape[1] - arguments["inputs_embeds"].shape[1]
+            return known.masks(base, arguments, types[:, past:])
+
+        monkeypatch.setitem(families.FAMILIES, name, dataclasses.replace(known, masks=early))
+        assert self.second_turn(name) > 1e-4
+
+
+@NEW
+@torch.no_grad()
+def test_video_path_of_nemotron_h_omni_fails_without_attachment():
+    model = family("nemotron_h_omni").make()
+    ids = torch.tensor([[5, *[_common.IMAGE] * 4, 6]])
+    with pytest.raises(TypeError, match="must be tuple of Tensors"):
+        model(input_ids=ids, pixel_values_videos=torch.zeros(2, 3, 56, 56))
+
+
+def test_older_transformers_are_named(monkeypatch):
+    name = "llava_onevision"
+    known = dataclasses.replace(families.FAMILIES[name], since=(99, 0))
+    monkeypatch.setitem(families.FAMILIES, name, known)
+    with pytest.raises(ValueError, match=r"expected transformers 99\.0 or later for LlavaOnevisionModel"):
+        attach(family(name).make(), visual=tiny.drop)
