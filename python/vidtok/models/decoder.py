@@ -227,7 +227,9 @@ class DecoderHook:
                 kept = self._select(run, s, before, module, hidden, position)
             step = run.leave(s, before, kept)
             if step.rows is not None:
-                run.records.append(Stage(self.entries[s], self.drop.stages[s].kind, step.rows, run.tokens_of(before)))
+                everywhere = self.drop.compress and run.cache is not None
+                seen = run.tokens_of(before)
+                run.records.append(Stage(self.entries[s], self.drop.stages[s].kind, step.rows, seen, everywhere))
             run.spans.append(span.stop())
         if step.rows is None:
             return hidden

@@ -207,7 +207,9 @@ class InputHook:
         if call.state is not None and cache is not None:
             caches.bind(cache, call.state)
         if self.decoder is not None:
-            call.record.stages = self.decoder.end(call.run, cache)
+            stages = self.decoder.end(call.run, cache)
+            # A later pass on a compressed cache drops nothing: what the prompt's did stays in the report.
+            call.record.stages = call.record.stages if stages is None else stages
             for span in () if call.run is None else call.run.spans:
                 call.record.add("select", span)
         if call.stage == "prefill":
