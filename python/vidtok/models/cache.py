@@ -126,11 +126,12 @@ def is_static(cache: Any) -> bool:
 
 
 def capacity(cache: Any) -> int | None:
-    """Columns of a static cache's full-attention layers, None for a growing cache."""
+    """Columns of a static cache's full-attention layers; None for a growing cache, and without such layers."""
     if not is_static(cache):
         return None
-    # Layers of other kinds, such as recurrent ones, hold no columns.
-    return max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)
+    # Sliding layers let go of old columns; recurrent ones hold none.
+    sizes = [layer.max_cache_len for layer in cache.layers if not getattr(layer, "is_sliding", True)]
+    return max(sizes, default=None)
 
 
 def physical_length(cache: Any) -> int:
