@@ -31,7 +31,6 @@ REFUSED = {
     "dots3_note": LATENT + "Dots3NoteTextDecoderLayer",
     "gemma3n": MIXED + "Gemma3nTextDecoderLayer with altup",
     "glm5_next": LATENT + "Glm5NextTextDecoderLayer",
-    "kimi_k25": LATENT + "DeepseekV3DecoderLayer",
     "qwen4_exp": MIXED + "Qwen4ExpTextDecoderLayer with",
 }
 

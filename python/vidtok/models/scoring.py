@@ -183,6 +183,13 @@ def find_attention(layer: nn.Module) -> Attention:
         raise ValueError(
             f"expected a layer of one residual stream for attn, got {type(layer).__name__} with {mixed[0]}"
         )
+    latent = None
+    if not found:
+        from vidtok.models.latent import find_latent
+
+        latent = find_latent(layer, _input_norm)
+    if latent is not None:
+        return latent
     if len(found) != 1:
         raise ValueError(
             f"expected attention with q_proj and k_proj, or qkv_proj, for attn, got {type(layer).__name__}"

@@ -13,7 +13,6 @@ NAME, MIN_VERSION = "kimi_k25", (5, 17)
 ROWS: list[list[Clip]] = [[("video", 1, 112)], [("video", 1, 56), ("video", 1, 84)], [("video", 1, 56)]]
 
 
-REFUSED = {"attn": "expected attention with q_proj and k_proj"}
 def _images(out: dict[str, Tensor]) -> dict[str, Tensor]:
     if "pixel_values_videos" in out:
         out["pixel_values_videos"] = out["pixel_values_videos"].view(-1, 3, 14, 14)
