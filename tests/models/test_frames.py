@@ -53,7 +53,8 @@ def test_forward_and_generate_find_the_same(name):
     assert grids[0][1][:, 0].tolist() == frames
 
 
-@pytest.mark.parametrize("name", ALL)
+# Before 5.23 generate repeats frames one by one, so that the beams of a row see frames of other rows.
+@pytest.mark.parametrize("name", ALL if tiny.VERSION >= (5, 23) else DENSE)
 @torch.no_grad()
 def test_beams(name):
     module = family(name)

@@ -54,6 +54,11 @@ REFUSED = (
     ("nn.DataParallel", "all", "its replicas share one model object; use DistributedDataParallel"),
     ("prompt-learning PEFT adapters", "all", "virtual tokens shift the columns of the prompt"),
     ("beam search and num_return_sequences with Qwen3-VL videos", "4.57", "the unreduced model raises in generate"),
+    (
+        "beam search with frames that come as images (InternVL, Gemma 3)",
+        "4.57, 5.17",
+        "the unreduced model gives the beams of a row frames of other rows",
+    ),
     ("generate() on a later turn with a new video", "4.57", "the unreduced model drops its pixels"),
     ("a decoding loop of one's own without cache_position", "4.57", "the unreduced model restarts positions at 0"),
     ("pickling a cache that holds a reduced prompt", "all", "only an attached model can continue it"),
