@@ -170,6 +170,8 @@ class InputHook:
         else:
             changed = self._continue(call, arguments, embeds, cache, state)
         if self.decoder is not None:
+            if call.tokens is not None:
+                _refuse_columns(call)
             changed = arguments if changed is None else changed
             changed, call.run = self.decoder.begin(call.tokens, changed, cache, call.state or state, call.labels)
         call.forward = Span(embeds.device)
@@ -458,10 +460,14 @@ def _shorten(labels: Tensor, rows: Plan, valid: Tensor) -> None:
     labels.resize_(short.shape).copy_(short)
 
 
-def _refuse(arguments: dict[str, Any], call: Call, cache: Any, length: int, mrope: bool) -> None:
-    """Raise for calls in which dropping tokens would silently change something else."""
+def _refuse_columns(call: Call) -> None:
     if isinstance(call.logits_to_keep, Tensor):
         _check.fail("logits_to_keep as a number, because tokens are dropped", "a tensor")
+
+
+def _refuse(arguments: dict[str, Any], call: Call, cache: Any, length: int, mrope: bool) -> None:
+    """Raise for calls in which dropping tokens would silently change something else."""
+    _refuse_columns(call)
     if any(arguments.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k")):
         raise ValueError("expected padded rows, got rows packed by cu_seq_lens, which cannot be reduced")
     position = arguments.get("position_ids")
