@@ -33,18 +33,23 @@ class Stages:
         masks: per drop, bool ``[B, W]`` as :class:`State` has one for the layers before them.
         floor: columns of the layers before all drops below which columns no longer stand for one fed token each.
         records: what the drops did.
+        columns: per drop, int64 ``[B, W]``: what its layers hold, in columns of the layers before all drops; None
+            unless a layer needs the positions of its keys again.
     """
 
-    __slots__ = ("dropped", "entries", "floor", "masks", "records")
+    __slots__ = ("columns", "dropped", "entries", "floor", "masks", "records")
 
     def __init__(
         self, entries: tuple[int, ...], dropped: list[int], masks: list[Tensor | None], floor: int, records: Any = None
     ) -> None:
         self.entries, self.dropped, self.masks, self.floor, self.records = entries, dropped, masks, floor, records
+        self.columns: list[Tensor] | None = None
 
     def __deepcopy__(self, memo: Any) -> Stages:
         masks = [None if mask is None else mask.clone() for mask in self.masks]
-        return Stages(self.entries, list(self.dropped), masks, self.floor, self.records)
+        copied = Stages(self.entries, list(self.dropped), masks, self.floor, self.records)
+        copied.columns = self.columns
+        return copied
 
     def at(self, layer: int) -> int:
         """Columns that ``layer`` holds fewer than the first."""
@@ -52,8 +57,9 @@ class Stages:
         return self.dropped[behind - 1] if behind else 0
 
     def change(self, function: Any) -> None:
-        """Apply a function to every mask."""
+        """Apply a function to what there is of every column."""
         self.masks = [None if mask is None else function(mask) for mask in self.masks]
+        self.columns = None if self.columns is None else [function(held) for held in self.columns]
 
 
 class State:

@@ -128,6 +128,8 @@ class DecoderHook:
                 dropped.append(run.past + run.length - step.past - step.width)
                 held.append(step.mask)
             stages = Stages(self.entries, dropped, held, run.floor, run.records)
+            if self._remembers(cache):
+                stages.columns = [run.held(s) for s in range(len(self.entries))]
             caches.bind_stages(cache, stages)
         if not torch.is_grad_enabled():
             run.memo.clear()
@@ -237,7 +239,9 @@ class DecoderHook:
             hidden = self.transv(s, hidden, *(mask.to(hidden.device) for mask in step.readers))
         rows = run.on(step.rows, hidden.device)
         left = [ops.plan_apply(rows, stream) for stream in layers.streams(module, hidden)]
-        return torch.stack(left) if hidden.dim() > left[0].dim() else left[0]
+        if len(left) == 1 and not hasattr(module, "altup"):
+            return left[0].unflatten(2, hidden.shape[2:])
+        return torch.stack(left)
 
     def _select(self, run: Run, s: int, before: Step, module: nn.Module, hidden: Tensor, position: Any) -> budgets.Kept:
         with torch.no_grad():
@@ -261,9 +265,18 @@ class DecoderHook:
         rotated = arguments.get("position_embeddings") is not None or self.layers.rotary is not None
         for name, value in arguments.items():
             if name in layers.MASKS:
-                out[name] = self._mask(run, step, index, hidden, cache)
+                out[name] = self._mask(run, step, index, hidden, cache, _mask_kind(self.layers.kinds[index], value))
+            elif name in layers.LOCAL_MASKS:
+                out[name] = self._mask(run, step, index, hidden, cache, "linear_attention")
             elif value is None:
                 continue
+            elif name in layers.HANDED_ON:
+                # Keys are counted anew behind a drop.
+                out[name] = None if index in self.entries else value
+            elif name in layers.PADDED_WITH_EOS and step.total is not None:
+                out[name] = self._padded(run, step, value)
+            elif name == "position_embeddings" and self._remembers(cache):
+                out[name] = self._remembered(run, step, value)
             elif name == "cache_position":
                 out[name] = torch.arange(step.past, step.past + step.width, device=value.device)
             elif name == "position_ids":
@@ -289,8 +302,35 @@ class DecoderHook:
             kept = torch.cat([step.number(run)[None].to(kept.device), kept[1:]])
         return kept
 
-    def _mask(self, run: Run, step: Step, index: int, hidden: Tensor, cache: Any) -> Any:
-        kind = self.layers.kinds[index]
+    def _padded(self, run: Run, step: Step, value: Tensor) -> Tensor:
+        """Token ids whose padding has to end what comes before."""
+        assert step.total is not None
+        end = self.layers.config.eos_token_id
+        out: Tensor = layers.take(
+            run.on(step.total, value.device), value, 1, fill=end[0] if isinstance(end, (list, tuple)) else end
+        )
+        return out
+
+    @staticmethod
+    def _remembers(cache: Any) -> bool:
+        """Whether layers are given the positions of everything in the cache, too."""
+        found = getattr(cache, "layers", ())
+        return any(getattr(layer, "indexer_position_ids", None) is not None for layer in found)
+
+    def _remembered(self, run: Run, step: Step, value: Any) -> Any:
+        """cos and sin of everything that the layers behind a drop hold."""
+        if self.position == "renumber":
+            _check.fail("position='keep' for layers that index their keys by position", "renumber")
+
+        def make(_: Any) -> Any:
+            at = run.held(step.stage).to(value[0].device)[..., None]
+            return tuple(
+                part.expand(run.batch, -1, -1).gather(1, at.expand(-1, -1, part.shape[-1])) for part in value
+            )
+
+        return run.once((step.stage, "held", id(value)), value, make)
+
+    def _mask(self, run: Run, step: Step, index: int, hidden: Tensor, cache: Any, kind: str) -> Any:
         hidden = layers.streams(self.layers.modules[index], hidden)[0]
         key = (step.stage, "mask", kind, hidden.device, cache is None)
 
@@ -320,6 +360,11 @@ class DecoderHook:
             return rotary.forward(hidden, number.expand(3, -1, -1) if run.mrope else number, **extra)
 
         return run.once((step.stage, name, kind, hidden.device), None, make)
+
+
+def _mask_kind(kind: str, mask: Any) -> str:
+    """Some layers that index their keys take only what is padding in this pass."""
+    return "local" if kind == "indexed_attention" and isinstance(mask, Tensor) and mask.dim() == 2 else kind
 
 
 def _follow(run: Run, step: Step, name: str, value: Any) -> Any:

@@ -40,6 +40,11 @@ PER_TOKEN = frozenset(
     }
 )
 MASKS = ("attention_mask", "causal_mask")
+# Real columns of this pass, for what is recurrent in a layer.
+LOCAL_MASKS = ("conv_mask",)
+# What a layer hands on to the next ones: numbers of keys of its own.
+HANDED_ON = ("prev_topk_indices",)
+PADDED_WITH_EOS = ("ple_input_ids",)
 # What layers only hand on: the loss's labels, and keys that later layers share (drops come before those, see check()).
 UNTOUCHED = ("labels", "shared_kv_states")
 
@@ -79,6 +84,12 @@ class Layers:
             for i in range(entry, len(self.modules)):
                 if self.kinds[i] not in (*ATTENTION, *OTHERS):
                     _check.fail(f"a known kind of layer from layer {entry} on", f"{self.kinds[i]} at layer {i}")
+            index = next((i for i in range(entry, len(self.modules)) if self.kinds[i] == "indexed_attention"), None)
+            own = getattr(self.config, "indexer_types", None)
+            if index is not None and own and own[index] == "shared":
+                _check.fail(
+                    f"drops before a layer that indexes its keys itself, or after layer {index}", f"layer {entry}"
+                )
         shared = int(getattr(self.config, "num_kv_shared_layers", 0) or 0)
         first = len(self.modules) - shared
         if shared:
@@ -147,7 +158,7 @@ def put(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], positional:
 
 def streams(layer: nn.Module, hidden: Tensor) -> list[Tensor]:
     """``[B, L, C]`` of each residual stream that a layer is given, where they lie in a first dimension of their own."""
-    return list(hidden) if hasattr(layer, "altup") else [hidden]
+    return list(hidden) if hasattr(layer, "altup") else [hidden.flatten(2)]
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

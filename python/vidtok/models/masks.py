@@ -53,7 +53,7 @@ def build(
 
     Args:
         config: of the language model; tells the attention implementation and the window.
-        kind: of the layer.
+        kind: of the layer; ``local``: the real columns of this pass, whatever the layer does with them.
         hidden: ``[B, L, C]``, what enters the layer.
         mask: bool ``[B, past + L]``, True for real tokens among what the layer was fed; None when all are.
         past: columns that the layer was fed before this pass.
@@ -69,6 +69,10 @@ def build(
     if kind == "linear_attention":
         if mask is None or length == 1:
             return None
+        return mask[:, past : past + length].contiguous()
+    if kind == "local":
+        if mask is None:
+            return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         return mask[:, past : past + length].contiguous()
     function, names = _function(kind)
     arguments: dict[str, Any] = {

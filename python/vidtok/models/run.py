@@ -140,6 +140,19 @@ class Run:
                 found = self.steps.get(s, found)
         return found
 
+    def held(self, stage: int) -> Tensor:
+        """int64 ``[B, held + width]``: what the layers behind a drop hold, in columns of the layers before all drops."""
+        step = self.steps[stage]
+        if self.stages is None or self.stages.columns is None:
+            past = torch.arange(self.past, device=self.device).expand(self.batch, -1)
+        else:
+            past = self.stages.columns[stage].to(self.device)
+        if step.total is None:
+            new = torch.arange(self.length, device=self.device).expand(self.batch, -1)
+        else:
+            new = step.total.anchor.long().view(self.batch, step.width).clamp(min=0) % self.length
+        return torch.cat([past, self.past + new], 1)
+
     def at(self, stage: int) -> Step:
         """The columns behind a drop, also one that the pass did not come to."""
         return self.steps[stage]
