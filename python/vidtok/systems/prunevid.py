@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def _stage2(selected_layer: int, alpha: float) -> Drop:
         _check.fail("selected_layer as a 0-based layer", repr(selected_layer))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= 1:
         _check.fail("alpha in (0, 1]", repr(alpha))
-    return Drop(f"attn_{selected_layer}_{float(alpha):.12f}", preset="prunevid")
+    return Drop(f"attn_{selected_layer}_{format(Decimal(repr(alpha)), 'f')}", preset="prunevid")
 
 
 def _load(
