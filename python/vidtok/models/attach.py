@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vidtok import _check, spec
-from vidtok.models import families
+from vidtok.models import families, versions
 from vidtok.models.cost import costs
 from vidtok.models.report import Report
 from vidtok.models.visual import InputHook
@@ -173,6 +173,7 @@ def install(
     if position not in _POSITIONS:
         _check.fail(f"position to be one of {', '.join(map(repr, _POSITIONS))}", repr(position))
     places = families.locate(model)
+    versions.check(places)
     if token is not None and not places.family.plain:
         raise ValueError(
             f"expected visual_token_id= for a plain language model only, got it for {type(places.base).__name__}, "
