@@ -178,6 +178,9 @@ def relied(places: Places) -> tuple[dict[str, str | None], list[str]]:
         cls: Any = type(module)
         # accelerate keeps the forward that its own calls.
         own = vars(module).get("forward")
+        # transformers 4.57 leaves the class's own behind where it has captured attention weights.
+        if getattr(own, "__func__", None) is cls.forward and getattr(own, "__self__", None) is module:
+            own = None
         if own is not None and not {"_old_forward", "_original_forward"} & set(vars(module)):
             replaced[f"the forward of one {cls.__name__}"] = None
         owner = next(c for c in cls.__mro__ if "forward" in vars(c))
