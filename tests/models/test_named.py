@@ -143,6 +143,38 @@ def test_beams_repeat_the_rows_of_a_mask():
 
 
 @torch.no_grad()
+def test_generation_from_embeddings():
+    model = plain.make("qwen2")
+    ids, mask, spans = prompt()
+    embeds = model.get_input_embeddings()(ids)
+    with vidtok.attach(model, visual=tiny.drop, decoder="uni_2_0.5") as handle, handle.tokens(spans, frames=8):
+        right, _ = tiny.generate(model, {"input_ids": ids, "attention_mask": mask}, STEPS)
+        got, _ = tiny.generate(model, {"inputs_embeds": embeds, "attention_mask": mask}, STEPS)
+    assert far(got, right) < 2e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_of_a_shorter_row(kind):
+    """Counted anew, a reduced row is just a shorter one."""
+    model = plain.make(kind, layers=2, **TEXT.get(kind, {}))
+    ids, _, _ = prompt()
+    ids = ids[:1, -35:].clone()
+    labels = ids.clone()
+    labels[:, :29] = -100
+    embeds = model.get_input_embeddings()(ids).detach()
+    plan = tiny.drop(embeds[0, 5:29], torch.tensor([[8, 1, 3]]))
+    kept = torch.cat([torch.arange(5), 5 + plan.anchor.long(), torch.arange(29, 35)])
+    model(inputs_embeds=embeds[:, kept], labels=labels[:, kept]).loss.backward()
+    right = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with vidtok.attach(model, visual=tiny.drop, position="renumber") as handle, handle.tokens([(0, 5, 29)], frames=8):
+        model(inputs_embeds=embeds, labels=labels).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, right[name], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
 def test_second_turn_counts_earlier_columns():
     if tiny.VERSION[0] == 4:
         return
