@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.models import test_zoo, tiny
-from tests.models.zoo import _common, kimi_k25, minimax_m3_vl, molmo2, video_llama_3
+from tests.models.zoo import _common, kimi_k25, llava_next, minimax_m3_vl, molmo2, video_llama_3
 from vidtok.models import attach
 
 pytestmark = pytest.mark.skipif(tiny.VERSION < (5, 23), reason="families of transformers 5.23")
@@ -50,6 +50,32 @@ class TestMolmo2:
             got = logits(model, inputs)
         assert far(got, want) < 2e-5 * got.abs().max()
         assert far(got, causal) > 1e-3 * got.abs().max()
+
+    def test_inside(self):
+        model, seen = molmo2.make(), {}
+        inputs = molmo2.batch([[("video", 3, 56), ("video", 2, 56)]])
+        layer, decoder = model.model.language_model.layers[1], model.model.language_model
+
+        def record(which):
+            def hook(module, args, kwargs):
+                seen[which] = (args[0], kwargs)
+
+            return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+        with record("whole"):
+            logits(model, inputs)
+        with attach(model, decoder="uni_1_0.5"), record("left"):
+            got = logits(model, inputs)
+        (whole, given), (left, _) = seen["whole"], seen["left"]
+        kept = torch.tensor([int((whole[0] - x).abs().amax(-1).argmin()) for x in left[0]])
+        assert torch.equal(whole[:, kept], left) and left.shape[1] < whole.shape[1]
+        mask = given["attention_mask"][:, :, kept][..., kept]
+        position = tuple(x[:, kept] for x in given["position_embeddings"])
+        with torch.no_grad():
+            for seeing, near in ((mask, True), (torch.ones_like(mask).tril(), False)):
+                out = layer(left, attention_mask=seeing, position_embeddings=position)
+                want = model.lm_head(decoder.norm(out))
+                assert (far(got, want) < 2e-5 * got.abs().max()) == near
 
 
 class TestMiniMaxSparse:
@@ -103,3 +129,28 @@ class TestVideoLlama3:
             got, out = tiny.generate(model, inputs, 3)
             assert [s.grid_thw for s in handle.report().samples] == [(1, 1, 9), (2, 2, 2)]
             assert far(got, test_zoo.uncached(model, inputs, out.sequences[:, -3:])) < 2e-5 * got.abs().max()
+
+
+class TestLlavaNext:
+    """The newlines between the tiles of a frame, from its size or from features made before."""
+
+    def test_newlines(self):
+        model = llava_next.make()
+        model.config.image_grid_pinpoints = [[56, 56], [112, 56]]
+        sizes = torch.tensor([[100, 40]] * 2)
+        pixels = torch.stack([_common.clip(0, j, 3, 56) for j in range(2)])
+        features = model.model.get_image_features(pixels, sizes).pooler_output
+        newline = (torch.cat(list(features)) == model.model.image_newline).all(-1)
+        per = len(features[0])
+        g = torch.Generator().manual_seed(0)
+        frame = [_common.START, *[_common.IMAGE] * per, _common.END]
+        ids = torch.tensor([[*_common.words(3, g), *frame, *_common.words(2, g), *frame, *_common.words(4, g)]])
+        inputs = {
+            "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "image_sizes": sizes,
+        }  # fmt: skip
+        with attach(model, visual=tiny.drop) as handle:
+            got, out = tiny.generate(model, inputs, 3)
+            (sample,) = handle.report().samples
+            assert sample.tokens_in == 2 * per - int(newline.sum()) and sample.grid_thw[0] == 2
+            assert far(got, test_zoo.uncached(model, inputs, out.sequences[:, -3:])) < 2e-5 * got.abs().max()
+            assert handle.report().samples[0].tokens_in == sample.tokens_in
