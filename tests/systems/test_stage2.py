@@ -170,5 +170,5 @@ def test_keeping_all_is_the_first_stage_alone(checkpoint):
 
 
 def test_a_layer_that_the_model_does_not_have(checkpoint):
-    with pytest.raises(ValueError, match=r"expected a layer from 0 to 0 of the model's 2, got 10 in 'attn_10_0\.4'"):
+    with pytest.raises(ValueError, match=r"spec 'attn_10_0\.4': expected a layer from 0 to 0 of the model's 2, got 10"):
         Qwen25VLPruneVid(checkpoint, enable_stage2=True)
