@@ -9,8 +9,11 @@ from contextlib import nullcontext
 from functools import lru_cache
 
 import pytest
+import torch
 
-from tests.models import flash, tiny
+from tests.models import flash, plain, tiny
+from tests.models.test_named import KINDS as PLAIN
+from tests.models.test_named import TEXT, prompt
 from tests.models.test_zoo import NAMES, TAKEN, family, far, logits, uncached
 from vidtok.models import attach
 
@@ -123,3 +126,66 @@ class TestStatic:
         with hooked(model, name, hook):
             got, _ = tiny.generate(model, fed(name), 3, **static)
         assert far(got, right) < SAME * scale
+
+
+@lru_cache(maxsize=2)
+def language(kind, attention="sdpa"):
+    """A plain language model."""
+    return plain.make(kind, attention, **TEXT.get(kind, {}))
+
+
+def turned(ids, mask, spans):
+    """The rows with their padding at the right."""
+    pads = (mask == 0).sum(1).tolist()
+    rolled = [torch.stack([row.roll(-n) for row, n in zip(x, pads)]) for x in (ids, mask)]
+    return *rolled, [(i, a - pads[i], b - pads[i]) for i, a, b in spans]
+
+
+@lru_cache(maxsize=3)
+def right_logits(kind, hook):
+    """What each row alone gives with sdpa and no cache, and with a growing cache in the batch."""
+    model, (ids, mask, spans) = language(kind), prompt()
+    with plainly(model, kind, hook) as handle:
+        with handle.tokens(spans, frames=8):
+            got, _ = tiny.generate(model, {"input_ids": ids, "attention_mask": mask}, 3)
+        alone = []
+        for i, first, last in spans:
+            pad = int((mask[i] == 0).sum())
+            with handle.tokens([(0, first - pad, last - pad)], frames=8):
+                alone.append(logits(model, {"input_ids": ids[i : i + 1, pad:]})[0, -1])
+    return got, torch.stack(alone)
+
+
+def plainly(model, kind, hook):
+    """The attachment of a hook to a plain language model."""
+    if hook == "visual":
+        return attach(model, visual="uniform:ratio=0.5")
+    return attach(model, decoder=f"{hook}_{2 if kind == 'nemotron_h' else 1}_0.5")
+
+
+@pytest.mark.parametrize("form", ["sdpa", "eager", "flash", "static"])
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("name", PLAIN)
+class TestPlain:
+    """Language models whose visual tokens the caller names."""
+
+    def test_rows(self, flashing, name, hook, form):
+        ids, mask, spans = prompt()
+        got, alone = right_logits(name, hook)
+        scale = got.abs().max()
+        attention = {"flash": "flash_attention_2", "static": "sdpa"}.get(form, form)
+        static = {"cache_implementation": "static", "disable_compile": True} if form == "static" else {}
+        model = language(name, attention)
+        assert far(got[:, 0], alone) < SAME * scale
+        assert far(logits(model, {"input_ids": ids, "attention_mask": mask})[:, -1], got[:, 0]) > 1e-3 * scale
+        with plainly(model, name, hook) as handle:
+            with handle.tokens(spans, frames=8):
+                assert far(tiny.generate(model, {"input_ids": ids, "attention_mask": mask}, 3, **static)[0], got) < (
+                    SAME * scale
+                )
+            ids, mask, spans = turned(ids, mask, spans)
+            with handle.tokens(spans, frames=8):
+                assert far(logits(model, {"input_ids": ids, "attention_mask": mask})[:, -1], alone) < SAME * scale
+            _, first, last = spans[1]
+            with handle.tokens([(0, first, last)], frames=8):
+                assert far(logits(model, {"input_ids": ids[1:2, : mask[1].sum()]})[0, -1], alone[1]) < SAME * scale
