@@ -324,9 +324,7 @@ class DecoderHook:
 
         def make(_: Any) -> Any:
             at = run.held(step.stage).to(value[0].device)[..., None]
-            return tuple(
-                part.expand(run.batch, -1, -1).gather(1, at.expand(-1, -1, part.shape[-1])) for part in value
-            )
+            return tuple(part.expand(run.batch, -1, -1).gather(1, at.expand(-1, -1, part.shape[-1])) for part in value)
 
         return run.once((step.stage, "held", id(value)), value, make)
 

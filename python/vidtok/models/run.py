@@ -141,7 +141,7 @@ class Run:
         return found
 
     def held(self, stage: int) -> Tensor:
-        """int64 ``[B, held + width]``: what the layers behind a drop hold, in columns of the layers before all drops."""
+        """int64 ``[B, held + width]``: what the layers behind a drop hold, in columns of those before all drops."""
         step = self.steps[stage]
         if self.stages is None or self.stages.columns is None:
             past = torch.arange(self.past, device=self.device).expand(self.batch, -1)
