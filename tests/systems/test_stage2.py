@@ -37,6 +37,25 @@ def groups(sample):
     return [(int(a) // cells, len(f) > 1) for a, f in zip(plan.anchor.tolist(), frames)]
 
 
+def shares(sample):
+    """Tokens that the second stage kept of each group."""
+    of = dict(zip(sample.plan.anchor.tolist(), groups(sample)))
+    return Counter(of[a] for a in sample.stages[0][1].anchor.tolist())
+
+
+def expected_shares(sample, alpha=0.4):
+    return Counter({g: int(alpha * n) for g, n in Counter(groups(sample)).items() if int(alpha * n)})
+
+
+@torch.no_grad()
+def test_without_groups_other_tokens_stay(model, monkeypatch):
+    inputs = tiny.batch(KIND, ROWS)
+    monkeypatch.setattr(vidtok.models.tokens.Tokens, "_groups", lambda *_: None)
+    with reduced(model, Qwen25VLStage1WrapperV2, inputs, decoder=DROP) as stage:
+        model(**inputs)
+        assert any(shares(s) != expected_shares(s) for s in stage.report().samples)
+
+
 @torch.no_grad()
 @BOTH
 def test_every_group_keeps_its_share(model, wrapper):
@@ -46,12 +65,9 @@ def test_every_group_keeps_its_share(model, wrapper):
         report = stage.report()
     statics = 0
     for sample in report.samples:
-        of = dict(zip(sample.plan.anchor.tolist(), groups(sample)))
-        size = Counter(of.values())
-        ((layer, plan),) = sample.stages
-        assert layer == 2
-        kept = Counter(of[a] for a in plan.anchor.tolist())
-        assert kept == Counter({group: int(0.4 * n) for group, n in size.items() if int(0.4 * n)})
+        size = set(groups(sample))
+        assert sample.stages[0][0] == 2
+        assert shares(sample) == expected_shares(sample)
         statics += sum(static for _, static in size)
         assert len(size) > sample.grid_thw[0]  # groups are not frames
     assert statics > 0
@@ -136,19 +152,14 @@ def test_decoding_is_that_of_a_cache_cut_by_hand(model, wrapper):
 
 def test_parameters_of_the_drop_in(checkpoint):
     answers = []
-    for options in ({}, {"stage1_version": "v1"}):
-        with Qwen25VLPruneVid(
-            checkpoint, enable_stage2=True, selected_layer=0, alpha=0.4, max_frames=8, **options
-        ) as m:
+    for version in ("v1", "v2"):
+        options = {"selected_layer": 0, "alpha": 0.4, "max_frames": 8, "stage1_version": version}
+        with Qwen25VLPruneVid(checkpoint, enable_stage2=True, **options) as m:
             answers.append(m.generate(VIDEO, "What is happening?", max_new_tokens=12))
             sample = m.report().samples[0]
             ((layer, plan),) = sample.stages
             assert layer == 1 and 0 < plan.num_out <= int(0.4 * sample.tokens_out)
-            plan_share = Counter(
-                dict(zip(sample.plan.anchor.tolist(), groups(sample)))[a] for a in plan.anchor.tolist()
-            )
-            sizes = Counter(groups(sample))
-            assert plan_share == Counter({g: int(0.4 * n) for g, n in sizes.items() if int(0.4 * n)})
+            assert shares(sample) == expected_shares(sample)
     assert answers[0] == answers[1]
 
 

@@ -193,12 +193,14 @@ def _load(
     local = Path(name).is_dir()
     if not local and (Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"expected model_path to be a checkpoint folder or a hub id, got {name!r}")
+    if local and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"expected model_path to be a folder with a model's config.json, got {name!r} without one")
     where: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     try:
         config = AutoConfig.from_pretrained(name, **where)
     except (OSError, ValueError) as error:
-        kind = "a folder with a model's config.json" if local else "a checkpoint folder, or a hub id that can be loaded"
-        raise ValueError(f"expected model_path to be {kind}, got {name!r}") from error
+        what = "a folder with a model's config" if local else "a checkpoint folder, or a hub id that can be loaded"
+        raise ValueError(f"expected model_path to be {what}, got {name!r}") from error
     if getattr(config, "model_type", None) not in _TYPES:
         _check.fail(f"a model among {', '.join(_TYPES)}", repr(getattr(config, "model_type", None)))
     if device == "auto":
