@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vidtok
-from tests.models import plain, tiny
+from tests.models import flash, plain, tiny
 
 KINDS = ["qwen2", "qwen3", "llama", "mistral"] + (["nemotron_h"] if tiny.VERSION >= (5, 17) else [])
 TEXT = {"mistral": {"sliding_window": 16}, "qwen3": {"head_dim": 16}}
@@ -140,6 +140,29 @@ def test_beams_repeat_the_rows_of_a_mask():
         cached = model.generate(input_ids=ids, attention_mask=mask, **options)
         uncached = model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options)
     assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("hooks", [{"visual": tiny.drop}, {"decoder": "uni_2_0.5"}, {"decoder": "attn_2_0.5"}])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_flash_attention_and_static_caches(kind, hooks):
+    ids, mask, spans = prompt()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    row = {"input_ids": ids[:1, -35:]}
+    with flash.installed():
+        logits = []
+        for attention in ("sdpa", "flash_attention_2"):
+            model = plain.make(kind, attention, **TEXT.get(kind, {}))
+            with vidtok.attach(model, **hooks) as handle:
+                with handle.tokens(spans, frames=8):
+                    logits.append(tiny.generate(model, inputs, STEPS)[0])
+                with handle.tokens([(0, 5, 29)], frames=8):
+                    assert far(model(**row, use_cache=False).logits[0, -1], logits[-1][0, 0]) < 2e-5
+                    # Recomputed without cache nor mask, as in training: gaps must not look like packed rows.
+                if tiny.VERSION[0] > 4 and attention == "sdpa" and kind != "nemotron_h":
+                    with handle.tokens(spans, frames=8):
+                        logits.append(tiny.generate(model, inputs, STEPS, cache_implementation="static")[0])
+    assert all(far(logits[0], other) < 2e-5 for other in logits[1:])
 
 
 @torch.no_grad()

@@ -22,10 +22,8 @@ def new_columns(mask: Any, batch: int, length: int, past: int, cache: Any, devic
         mask: what the model was given: 2-D, or the 4-D mask or masks that ``generate`` makes for a static cache.
         past: columns that the cache holds already.
     """
-    windowed = False
     if isinstance(mask, dict):
         kinds = sorted(mask, key=lambda kind: (kind != "full_attention", kind.startswith(_WINDOWED)))
-        windowed = bool(kinds) and kinds[0].startswith(_WINDOWED)
         mask = mask[kinds[0]] if kinds else None
     if mask is None:
         return None
@@ -34,9 +32,9 @@ def new_columns(mask: Any, batch: int, length: int, past: int, cache: Any, devic
     elif isinstance(mask, Tensor) and mask.dim() == 4 and caches.is_static(cache):
         if past:
             return None
-        # The last row sees all real columns; behind a window, each is seen by some row.
-        seen = mask[:, 0, :, :length] if windowed else mask[:, 0, -1:, :length]
-        new = (seen if seen.dtype == torch.bool else seen == 0).any(1).expand(batch, length).to(device)
+        # A real token sees itself, whatever the window; the last row may see less than all of them.
+        seen = mask[:, 0, :length, :length].diagonal(dim1=1, dim2=2)
+        new = (seen if seen.dtype == torch.bool else seen == 0).expand(batch, length).to(device)
     else:
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         _check.fail("an attention mask of shape [B, L], or none", str(shape))
