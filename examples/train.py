@@ -1,7 +1,7 @@
 """Fine-tuning of a Qwen video-language model with the Trainer: an ordinary script, plus the lines marked "vidtok".
 
 python examples/train.py                                             # tiny random model, sample clips
-python examples/train.py --model Qwen/Qwen2.5-VL-3B-Instruct --visual prunevid:tau=0.8
+python examples/train.py --model Qwen/Qwen2.5-VL-3B-Instruct --visual prunevid:tau=0.8 --decoder attn_14_0.3
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from tiny_model import clip, load
 from transformers import Trainer, TrainingArguments
 
-import vidtok  # vidtok
 from vidtok.data import load_video
+from vidtok.training import TokenReduction  # vidtok
 
 SAMPLE = [
     ("bigbuckbunny.mp4", "What happens?", "A rabbit wakes up in a meadow."),
@@ -67,13 +67,14 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--output", help="where to save the trained model")
-    parser.add_argument("--visual", default="prunevid:tau=0.8", help="how to reduce the visual tokens")  # vidtok
+    parser.add_argument("--visual", default="prunevid:tau=0.8", help="reduction before the decoder")  # vidtok
+    parser.add_argument("--decoder", help="reduction inside the decoder")  # vidtok
     args = parser.parse_args()
 
     model, processor = load(args.model)
     if args.model != "tiny":
         processor.encode = lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    handle = vidtok.attach(model, visual=args.visual)  # vidtok
+    reduction = TokenReduction(visual=args.visual, decoder=args.decoder, log=True)  # vidtok
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
@@ -93,12 +94,12 @@ def main() -> None:
             ),
             train_dataset=Clips(repeat=8),
             data_collator=Collator(processor),
+            callbacks=[reduction],  # vidtok
         )
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} over {len(losses)} steps")
-        print(handle.report())  # vidtok
-        handle.restore()  # vidtok
+        print(reduction.handle.report())  # vidtok
         if args.output:
             trainer.save_model()
 

@@ -435,3 +435,21 @@ def test_packed_rows_are_refused(models):
     length = inputs["input_ids"].shape[1]
     with vidtok.attach(model, visual=tiny.drop), pytest.raises(ValueError, match="packed"):
         model(**inputs, use_cache=False, cu_seq_lens_q=torch.tensor([0, length], dtype=torch.int32))
+
+
+def test_transv_is_trained_by_the_optimizer_that_it_is_given_to(models, tmp_path):
+    from vidtok.models.transv import TransV
+
+    model = fresh(models)
+    transv = TransV(model.model.language_model, "uni_1_0.5", init="attention")
+    before = copy.deepcopy(transv.state_dict())
+    optimizer = torch.optim.AdamW([{"params": model.parameters()}, {"params": transv.parameters()}], lr=1e-3)
+    run = trainer(
+        model, tmp_path, [TokenReduction(decoder=vidtok.Drop("uni_1_0.5", merge=transv))], data=Rows(side="right")
+    )
+    run.optimizer = optimizer
+    run.train()
+    assert losses(run)[-1] < 0.7 * losses(run)[0]
+    gate = next(name for name in before if name.endswith("alpha"))
+    assert before[gate] == 0 != transv.state_dict()[gate]
+    assert not any("alpha" in name for name in model.state_dict())
