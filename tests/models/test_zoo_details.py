@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.models import test_zoo, tiny
-from tests.models.zoo import _common, kimi_k25, llava_next, minimax_m3_vl, molmo2, video_llama_3
+from tests.models.zoo import _common, kimi_k25, llava_next, minimax_m3_vl, molmo2, smolvlm, video_llama_3
 from vidtok.models import attach
 
 pytestmark = pytest.mark.skipif(tiny.VERSION < (5, 23), reason="families of transformers 5.23")
@@ -154,3 +154,20 @@ class TestLlavaNext:
             assert sample.tokens_in == 2 * per - int(newline.sum()) and sample.grid_thw[0] == 2
             assert far(got, test_zoo.uncached(model, inputs, out.sequences[:, -3:])) < 2e-5 * got.abs().max()
             assert handle.report().samples[0].tokens_in == sample.tokens_in
+
+
+class TestSmolVLM:
+    """Frames behind their times, of which only the last digits lie near them."""
+
+    def test_minutes(self):
+        model = smolvlm.make()
+        ids, pixels = [3], []
+        for second in (0, 30, 60, 90):
+            time = [20 + int(d) for d in f"{second // 60:02d}{second % 60:02d}"]
+            ids += [*time, 9, 8, 7, _common.START, *[_common.IMAGE] * 4, _common.END]
+            pixels.append(_common.clip(0, second // 10, 1, 56))
+        ids = torch.tensor([[*ids, 11, 12]])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.cat(pixels)[None]}
+        with attach(model, visual=tiny.drop) as handle:
+            logits(model, inputs)
+            assert [s.grid_thw for s in handle.report().samples] == [(4, 2, 2)]

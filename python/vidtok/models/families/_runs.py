@@ -54,12 +54,16 @@ def dense_units(side: Side | None = None, extra: int = 0) -> Rule:
     return rule
 
 
-def frame_units(gap: int = 10) -> Rule:
+def frame_units(gap: int = 10, numbered: bool = True) -> Rule:
     """Units of videos that come as images, a stretch of placeholders per frame.
 
-    Stretches of one length with at most ``gap`` tokens between them are frames of one video, unless the
-    text before one is the text before the first again, as where numbered frames restart. A stretch alone
+    Stretches of one length with at most ``gap`` tokens between them are frames of one video. A stretch alone
     is an image.
+
+    Args:
+        gap: tokens between two frames at most.
+        numbered: whether a frame may be told by its number, so that the text before a video's first frame
+            comes again before the next video's.
     """
 
     def rule(media: Media) -> list[tuple[Tensor, Grid]]:
@@ -81,7 +85,7 @@ def frame_units(gap: int = 10) -> Rule:
                 and ends[k][0] - ends[k - 1][1] - 1 <= gap
                 and run.numel() == runs[k - 1].numel()
             )
-            if joined and len(group) > 1 and label(k) is not None:
+            if numbered and joined and len(group) > 1 and label(k) is not None:
                 joined = label(k) != label(group[0]) or label(group[1]) == label(group[0])
             if joined:
                 group.append(k)

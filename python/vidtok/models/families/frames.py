@@ -12,7 +12,7 @@ from torch import Tensor
 from vidtok.models.families._base import Family, Grid, Media
 from vidtok.models.families._runs import frame_units, square
 
-_ADJACENT, _NEAR = frame_units(gap=4), frame_units()
+_ADJACENT, _NEAR = frame_units(gap=4, numbered=False), frame_units()
 
 
 def _packed(media: Media) -> list[tuple[Tensor, Grid]]:
@@ -129,8 +129,8 @@ FAMILIES = (
         "smolvlm",
         "SmolVLMModel",
         ("SmolVLMForConditionalGeneration",),
-        # The text between two frames tells the time of the second.
-        frame_units(gap=18),
+        # The text between two frames tells the time of the second in minutes and seconds, a sentence the next video.
+        frame_units(gap=18, numbered=False),
         language="text_model",
         towers=("vision_model",),
         positions="rope",
