@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from vidtok.models import families, versions
 from vidtok.models.cost import costs
 from vidtok.models.report import Report
 from vidtok.models.visual import InputHook
+
+if TYPE_CHECKING:
+    from vidtok.models.transv import TransV
 
 _POSITIONS = ("keep", "renumber")
 
@@ -66,6 +69,12 @@ class Handle:
     def active(self) -> bool:
         """Whether the attachment is in place."""
         return self._hook.active
+
+    @property
+    def transv(self) -> TransV | None:
+        """The trainable module of ``Drop(..., merge="transv")``; its parameters are not the model's."""
+        decoder = self._hook.decoder
+        return None if decoder is None else decoder.transv
 
     def restore(self) -> None:
         """Take the attachment out; the model is as before. A second call does nothing."""
