@@ -91,7 +91,8 @@ class Bench:
             sides = {"plain": lambda: self.prefill(self.plain), "vidtok": lambda: self.prefill(self.other)}
             if hand:
                 sides["by hand"] = by_hand(self.plain, self.inputs["input_ids"], self.columns(report))
-                torch.testing.assert_close(sides["by hand"](), out.logits, rtol=1e-3, atol=1e-3)
+                near = 1e-3 if self.dtype == torch.float32 else 5e-2
+                torch.testing.assert_close(sides["by hand"](), out.logits, rtol=near, atol=near)
             times = turns(sides, self.size.pairs, self.device)
         reached = ratios(times["plain"], times["vidtok"])
         n = len(times["plain"])

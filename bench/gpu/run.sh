@@ -92,6 +92,11 @@ stage "tests" 150 "${test[@]}" -n "$workers" tests/gpu
 stage "bench cuda" 170 "$python" -m bench.gpu --backend cuda --seconds 140 ${dry[@]+"${dry[@]}"} --out "$out/cuda.csv"
 stage "plots" 30 "$python" -m bench.gpu.report "$out"
 stage "bench triton" 60 "$python" -m bench.gpu --backend triton --no-compile --seconds 45 ${dry[@]+"${dry[@]}"} --out "$out/triton.csv"
+# A whole decoder needs transformers, which the other stages do without.
+where=$([ -n "${DRY:-}" ] && echo cpu || echo cuda)
+if "$python" -c "import transformers" 2>/dev/null; then
+  stage "decoder" 100 "$python" -m bench.decoder --device "$where" ${dry[@]+--tiny} --out "$out/decoder.csv"
+fi
 for ptx in ${others[@]+"${others[@]}"}; do
   stage "ptx $ptx" 100 env VIDTOK_CUDA_SM="$ptx" VIDTOK_CUDA_MODULE="$(compgen -G "build/cuda-image-$ptx-virtual/module/_cuda*")" \
     "${test[@]}" -n $((workers / 2 + 1)) -k "cuda and test_equals_reference" tests/gpu/test_operators.py &
