@@ -128,10 +128,10 @@ def test_control_stale_decode_mask(language, monkeypatch):
         good, *_ = plain.answer(model, handle, GIVEN)
         made = decoder.DecoderHook._mask
 
-        def stale(self, run, step, index, hidden, cache):
+        def stale(self, run, step, *rest):
             if run.tokens is None:
                 step.mask = None
-            return made(self, run, step, index, hidden, cache)
+            return made(self, run, step, *rest)
 
         monkeypatch.setattr(decoder.DecoderHook, "_mask", stale)
         bad, *_ = plain.answer(model, handle, GIVEN)
@@ -355,3 +355,44 @@ def test_step_numbers_count_real_tokens():
 
     mask = torch.tensor([[True, True, False, True], [False, True, True, True]])
     assert Step(0, 2, None, 2, mask).number(Pass()).tolist() == [[1, 2], [1, 2]]
+
+
+def test_layers_that_get_no_arguments_still_drop(language, monkeypatch):
+    """A decoder that keeps what it does not know to itself: the thread finds the pass, but not in a checkpoint."""
+    model = language("qwen2")
+    ids = torch.tensor([GIVEN[0]])
+    with vidtok.attach(model, decoder="uni_1_0.5") as handle, handle.tokens(plain.visual(ids)):
+        want = model(input_ids=ids).logits
+        monkeypatch.setattr(handle._hook.decoder, "travels", False)
+        assert torch.equal(model(input_ids=ids).logits, want)
+        model.train()
+        model.gradient_checkpointing_enable()
+        try:
+            with pytest.raises(ValueError, match="passes its arguments on to checkpointed layers"):
+                model(input_ids=ids, use_cache=False)
+        finally:
+            model.gradient_checkpointing_disable()
+            model.eval()
+        assert handle._hook.decoder._local.run is None
+
+
+def test_layers_that_do_not_run_are_noticed(language, monkeypatch):
+    model = language("qwen2")
+    ids = torch.tensor([GIVEN[0]])
+    refused = pytest.raises(ValueError, match="expected 4 layers that run one after another")
+    with vidtok.attach(model, decoder="uni_1_0.5-uni_3_0.2") as handle, handle.tokens(plain.visual(ids)):
+        monkeypatch.setattr(model.config, "num_hidden_layers", 2)
+        with refused:
+            model(input_ids=ids, use_cache=False)
+
+
+@pytest.mark.parametrize("position", ["keep", "renumber"])
+@pytest.mark.parametrize("preset", ["timeviper", "pyramiddrop", "fastv", "vscan"])
+def test_presets(language, preset, position):
+    model = language("qwen3")
+    drop = vidtok.Drop("uni_1_0.6-attn_2_0.5-attn_3_0.2", preset=preset)
+    with vidtok.attach(model, decoder=drop, position=position) as handle:
+        logits, more, _ = plain.answer(model, handle, GIVEN)
+        for i, row in enumerate(GIVEN):
+            alone = plain.reference(model, handle, row, more[i].tolist())
+            torch.testing.assert_close(logits[i], alone, **CLOSE)

@@ -98,14 +98,12 @@ class DecoderHook:
         run.enter(self._keys(tokens), self._asking(tokens, labels), text)
         position = arguments.get("position_ids")
         run.mrope = position.dim() == 3 if isinstance(position, Tensor) else self.layers.mrope
-        if self.travels:
-            return {**arguments, RUN: run}, run
-        if self.layers.checkpoints():
-            _check.fail(
-                "a decoder that passes its arguments on to checkpointed layers", type(self.layers.owner).__name__
-            )
         self._local.run = run
-        return arguments, run
+        return ({**arguments, RUN: run} if self.travels else arguments), run
+
+    def forget(self) -> None:
+        """End of a call, also after an exception."""
+        self._local.run = None
 
     def end(self, run: Run | None, cache: Any) -> list[Stage] | None:
         """After the language model ran: the cache learns what its layers hold, and labels are shortened.
@@ -116,6 +114,8 @@ class DecoderHook:
         self._local.run = None
         if run is None:
             return None
+        if run.tokens is not None and len(run.steps) < len(self.entries):
+            _check.fail(f"{len(self.layers.modules)} layers that run one after another", "a pass that left some out")
         last = run.last()
         if run.labels is not None and last.total is not None:
             columns.shorten(run.labels, last.total, last.valid)
@@ -198,9 +198,14 @@ class DecoderHook:
     # ------------------------------------------------------------------ a layer
     def layer_pre(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before layer ``index``: drop what leaves here, and give the layer arguments for what is left."""
-        run = kwargs.get(RUN) or getattr(self._local, "run", None)
+        run = kwargs.get(RUN)
         if run is None:
-            return None
+            run = getattr(self._local, "run", None)
+            if run is None:
+                return None
+            if getattr(module, "gradient_checkpointing", False) and module.training:
+                name = type(self.layers.owner).__name__
+                _check.fail("a decoder that passes its arguments on to checkpointed layers", name)
         hidden, arguments, positional = layers.named(module, args, kwargs)
         arguments.pop(RUN, None)
         for s, entry in enumerate(self.entries):
@@ -229,7 +234,7 @@ class DecoderHook:
                 kept = self._select(run, s, before, module, hidden, position)
             step = run.leave(s, before, kept)
             if step.rows is not None:
-                everywhere = self.drop.compress and run.cache is not None
+                everywhere = bool(self.drop.compress) and run.cache is not None
                 seen = run.tokens_of(before)
                 run.records.append(Stage(self.entries[s], self.drop.stages[s].kind, step.rows, seen, everywhere))
             run.spans.append(span.stop())

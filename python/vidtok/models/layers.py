@@ -74,10 +74,6 @@ class Layers:
         parameters = inspect.signature(type(self.owner).forward).parameters.values()
         return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
-    def checkpoints(self) -> bool:
-        """Whether a layer is checkpointed now."""
-        return any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self.modules)
-
     def check(self, entries: tuple[int, ...]) -> None:
         """Refuse drops that the layers cannot follow."""
         for entry in entries:
@@ -108,13 +104,22 @@ def _find(module: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
         found = getattr(module, name, None)
         if isinstance(found, nn.ModuleList) and len(found) and hasattr(module, "config"):
             count = getattr(module.config, "num_hidden_layers", None) or len(found)
-            return module, list(found)[: int(count)]
+            return module, [_unwrapped(layer) for layer in found][: int(count)]
     for name in _WITHIN:
         inner = getattr(module, name, None)
         if isinstance(inner, nn.Module):
             return _find(inner)
     _check.fail("a language model with a list of decoder layers", type(module).__name__)
     raise AssertionError
+
+
+def _unwrapped(layer: Any) -> nn.Module:
+    """The layer inside FSDP, a checkpoint wrapper or torch.compile, where parameters are whole and arguments named."""
+    for name in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"):
+        inner = getattr(layer, name, None)
+        if isinstance(inner, nn.Module):
+            return _unwrapped(inner)
+    return layer
 
 
 def _kind(config: Any, layer: nn.Module, index: int) -> str:

@@ -130,6 +130,8 @@ class InputHook:
         call = self._call()
         if call is not None and call.owner is module:
             self._calls.call = None
+        if self.decoder is not None:
+            self.decoder.forget()
 
     # ------------------------------------------------------------------ the vision tower
     def vision_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
