@@ -108,7 +108,7 @@ def test_sdist_wheel_and_the_tests_on_it(tree: Path, venv: Venv, tmp_path: Path)
     assert f"vidtok/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names
     assert "vidtok/py.typed" in names
     assert not [n for n in names if n.startswith(("tests", "bench", "csrc", "build")) or "libgomp" in n]
-    in_tree = {p.relative_to(ROOT / "python").as_posix() for p in (ROOT / "python/vidtok").rglob("*.py")}
+    in_tree = {p.relative_to(ROOT / "python").as_posix() for p in (ROOT / "python").rglob("*.py")}
     assert in_tree - set(names) == set()
 
     venv.pip("install", "--no-deps", wheel)

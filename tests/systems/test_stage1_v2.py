@@ -136,6 +136,20 @@ def test_manual_usage(checkpoint):
     assert report.tokens_out == stage1.report().tokens_out and report.tokens_out < report.tokens_in
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_blocks_of_the_page(checkpoint, number, capsys):
+    page = (EXAMPLES.parent / "docs" / "prunevid.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.S | re.M)
+    assert len(blocks) == 2
+    code = blocks[number].replace("checkpoints/Qwen2.5-VL-7B-Instruct", checkpoint).replace("video.mp4", VIDEO)
+    names = {}
+    exec(compile(code, "prunevid.md", "exec"), names)
+    assert re.search(r"(\d+) -> (\d+) visual tokens", capsys.readouterr().out)
+    if number:
+        assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
+        names["stage1"].restore()
+
+
 def test_versions_answer_alike(checkpoint):
     answers, counts = set(), set()
     for version in ("v1", "v2"):
