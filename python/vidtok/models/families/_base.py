@@ -90,6 +90,7 @@ class Family:
             kinds of the tokens; without it they are cut out of those that the base made.
         images: whether ``images=true`` may reduce images; their grids are known then.
         frames: whether videos come as images, one per frame; images of one frame are images then.
+        spans: config attributes with the tokens before and after a video, where videos have the placeholder of images.
         unpadded: types of layers that take padding for tokens, so that reduced rows have to be of one length.
         plain: whether it is a language model only, whose visual tokens the caller names.
         since: first version of transformers whose classes of this family are taken.
@@ -110,6 +111,7 @@ class Family:
     masks: Callable[[Any, dict[str, Any], Tensor | None], Any] | None = None
     images: bool = True
     frames: bool = False
+    spans: tuple[str, ...] = ()
     unpadded: tuple[str, ...] = ()
     plain: bool = False
     since: tuple[int, int] = (4, 57)

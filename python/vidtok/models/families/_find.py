@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,6 +71,15 @@ def refuse_blind(family: Family, module: Any, arguments: dict[str, Any]) -> None
         )
 
 
+def _is(module: Any, ids: Tensor | None, embeds: Tensor | None, token: int) -> Tensor:
+    """bool ``[B, L]``: where a token stands."""
+    if ids is not None:
+        return ids == token
+    assert embeds is not None
+    vector = module.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+    return (embeds == vector).all(-1)
+
+
 def find_visual(
     family: Family, module: Any, arguments: dict[str, Any], images: bool, calls: dict[str, list[dict[str, Any]]]
 ) -> Visual | None:
@@ -94,11 +104,10 @@ def find_visual(
         token = family.placeholder(module.config, kind)
         if token is None:
             continue
-        if ids is not None:
-            place = ids == token
-        else:
-            vector = module.get_input_embeddings()(torch.tensor(token, device=embeds.device))  # type: ignore[union-attr]
-            place = (embeds == vector).all(-1)
+        place = _is(module, ids, embeds, token)
+        if family.spans:
+            begun, ended = (_is(module, ids, embeds, getattr(module.config, name)).cumsum(-1) for name in family.spans)
+            place &= (begun > ended) == (kind == "video")
         columns = torch.nonzero(place.reshape(-1)).squeeze(1)
         media = Media(module, kind, columns, length, arguments, encoded.get(kind), calls.get(kind, ()))
         parts = [(part, grid) for part, grid in family.units(media) if part.numel()]
@@ -115,3 +124,25 @@ def find_visual(
     return Visual(
         torch.cat([part for _, part, _ in found]), [unit for _, _, unit in found], [len(part) for _, part, _ in found]
     )
+
+
+def without_newlines(module: Any, visual: Visual, embeds: Tensor) -> Visual:
+    """``visual`` without the newlines that some models put between the rows of an image's tiles: they stay.
+
+    Args:
+        module: the base model; its ``image_newline`` is what a newline's embedding is.
+        visual: of a call.
+        embeds: ``[B, L, C]``, what the language model is given.
+    """
+    vector = getattr(module, "image_newline", None)
+    if vector is None or all(unit.kind == "video" for unit in visual.units):
+        return visual
+    at = visual.columns.to(embeds.device)
+    own = ~(embeds.flatten(0, 1)[at] == vector.to(embeds)).all(-1)
+    kept = [part[mask] for part, mask in zip(visual.columns.split(visual.sizes), own.cpu().split(visual.sizes))]
+    sizes = [part.numel() for part in kept]
+    units = [
+        unit if n == old else replace(unit, grid_thw=(1, 1, n))
+        for unit, n, old in zip(visual.units, sizes, visual.sizes)
+    ]
+    return Visual(torch.cat(kept), units, sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from vidtok.models.families._base import Family, grid_units
@@ -18,7 +19,7 @@ FAMILIES = (
     _family("glm4v_moe", "Glm4vMoe"),
     _family("glm46v", "Glm46V"),
     _family("glm_ocr", "GlmOcr"),
-    _family("glm5_next", "Glm5Next", "none"),
+    replace(_family("glm5_next", "Glm5Next", "none"), spans=("video_start_token_id", "video_end_token_id")),
     Family(
         "ernie4_5_vl_moe",
         "Ernie4_5_VLMoeModel",
