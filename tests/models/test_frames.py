@@ -80,6 +80,30 @@ def test_newline_of_llava_onevision_stays():
     assert (lengths[0][0] == model.model.image_newline).all(-1).sum() == 1
 
 
+@torch.no_grad()
+def test_newlines_of_tiled_images_stay():
+    module = family("llava_onevision")
+    model, inputs = module.make(), module.batch([[("video", 4, 56)]])
+    # A whole view of 4×4 tokens, and a tile of as many with a newline behind each row.
+    image = torch.tensor([[_common.START] + [_common.IMAGE] * 36 + [_common.END]])
+    inputs = {
+        "input_ids": torch.cat([image, inputs["input_ids"]], 1),
+        "pixel_values_videos": inputs["pixel_values_videos"],
+        "pixel_values": tiny.frames(2, 56)[None],
+        "image_sizes": torch.tensor([[56, 56]]),
+    }
+    lengths = []
+    with attach(model, decoder="uni_1_0.0625"):
+        layer = model.model.language_model.layers[1]
+        hook = layer.register_forward_pre_hook(lambda m, a: lengths.append(a[0].shape[1]))
+        whole = model(**inputs, use_cache=False).logits
+        cached, _ = tiny.generate(model, inputs, 1)
+    hook.remove()
+    visual = 36 + 17
+    assert lengths == [inputs["input_ids"].shape[1] - visual + 4 + 2 + 1 + 1] * 2
+    torch.testing.assert_close(cached[:, 0], whole[:, -1], rtol=0, atol=2e-5)
+
+
 def ids(*parts):
     """A row: a number is a word, a string a stretch of placeholders of that length."""
     return torch.tensor([[t for p in parts for t in ([_common.IMAGE] * int(p) if isinstance(p, str) else [p])]])

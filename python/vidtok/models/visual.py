@@ -230,6 +230,8 @@ class InputHook:
         dropped = 0 if state is None else state.dropped
         given = arguments.get("attention_mask")
         real = columns.new_columns(self._plain(call, given, cache), batch, length, past, cache, device)
+        if call.visual is not None:
+            call.visual = families.without_newlines(self.base, call.visual, embeds)
         reducible = self._reducible(call.visual)
         plan, decide = self._decide(embeds, reducible)
         call.stage = "prefill"
