@@ -129,6 +129,32 @@ class TestVisual:
             assert far(other, got[:, :1]) > 1e-3 * scale
 
 
+def both_kinds(features, grid_thw):
+    """Drop tokens of videos and of images."""
+    return tiny.drop(features, grid_thw)
+
+
+both_kinds.images = True
+
+
+@pytest.mark.parametrize("name", [n for n in TAKEN if hasattr(family(n), "MIXED")])
+class TestImages:
+    """Images beside videos: whole, or reduced too."""
+
+    @pytest.mark.parametrize("method", [tiny.drop, both_kinds])
+    def test_rows(self, name, method):
+        module, (model, _) = family(name), made(name)
+        inputs = module.batch(module.MIXED)
+        with attach(model, visual=method) as handle:
+            got, out = tiny.generate(model, inputs, 2)
+            kinds = [s.kind for s in handle.report().samples]
+            assert kinds == [c[0] for clips in module.MIXED for c in clips if c[0] == "video" or method is both_kinds]
+            for i in range(len(module.MIXED)):
+                one = module.row(inputs, module.MIXED, i)
+                alone = uncached(model, one, out.sequences[i : i + 1, -2:])
+                assert far(got[i : i + 1], alone) < 2e-5 * got.abs().max()
+
+
 @pytest.mark.parametrize("name", TAKEN)
 class TestDecoder:
     """Reduction between the layers."""

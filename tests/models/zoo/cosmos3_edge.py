@@ -5,6 +5,7 @@ from functools import partial
 from tests.models.zoo import _common, _grids
 
 NAME, MIN_VERSION, ROWS = "cosmos3_edge", (5, 17), _common.ROWS
+MIXED = _common.tiny.MIXED
 batch, row = partial(_common.grid_batch, stamps=True, temporal=1, last=True), _common.grid_row
 
 

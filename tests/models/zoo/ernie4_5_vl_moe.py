@@ -3,6 +3,7 @@
 from tests.models.zoo import _common, _grids
 
 NAME, MIN_VERSION, ROWS = "ernie4_5_vl_moe", (5, 17), _common.ROWS
+MIXED = _common.tiny.MIXED
 row = _common.grid_row
 
 

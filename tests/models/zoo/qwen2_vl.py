@@ -5,6 +5,7 @@ from functools import partial
 from tests.models import tiny
 
 NAME, MIN_VERSION, ROWS = "qwen2_vl", (4, 57), tiny.ROWS
+MIXED = tiny.MIXED
 batch, row = partial(tiny.batch, NAME), tiny.row
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from tests.models.zoo import _common, _grids
 
 NAME, MIN_VERSION, ROWS = "qwen3_5", (5, 17), _common.ROWS
+MIXED = _common.tiny.MIXED
 batch, row = partial(_common.grid_batch, stamps=True), _common.grid_row
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from tests.models import tiny
 
 NAME, MIN_VERSION, ROWS, DROP_AT = "qwen3_vl", (4, 57), tiny.ROWS, 2
+MIXED = tiny.MIXED
 batch, row = partial(tiny.batch, NAME), tiny.row
 
 

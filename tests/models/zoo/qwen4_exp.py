@@ -5,6 +5,7 @@ from functools import partial
 from tests.models.zoo import _common, _grids
 
 NAME, MIN_VERSION, ROWS = "qwen4_exp", (5, 23), _common.ROWS
+MIXED = _common.tiny.MIXED
 REFUSED = {"attn": "expected attn at an attention layer"}
 batch, row = partial(_common.grid_batch, stamps=True), _common.grid_row
 
