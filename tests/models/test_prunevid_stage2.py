@@ -189,6 +189,14 @@ def test_a_second_turn_and_beams_continue_what_is_left(made):
         assert beams.shape[1] == inputs["input_ids"].shape[1] + 4
 
 
+def test_a_call_that_makes_its_own_cache_is_compressed_too(made):
+    model = made("qwen2_5_vl", "sdpa")
+    inputs = tiny.batch("qwen2_5_vl", ROWS)
+    with attach(model, visual=SPEC, decoder=DROP) as handle, torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        assert {layer.keys.shape[-2] for layer in cache.layers} == {x.kv_length for x in handle.report().layers}
+
+
 def test_what_cannot_be_compressed_is_refused(made):
     model = made("qwen2_5_vl", "sdpa")
     inputs = tiny.batch("qwen2_5_vl", ROWS)

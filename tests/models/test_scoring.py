@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.models import tiny, zoo
 from tests.models.zoo import _common
-from vidtok.models import families, scoring
+from vidtok.models import attach, families, scoring
 from vidtok.models.budgets import groups, keys, originals
 from vidtok.models.drop import Drop
 from vidtok.models.layers import Layers
@@ -170,10 +170,14 @@ def test_attention_that_scores_cannot_reproduce_is_refused():
     capped = plain("Gemma2", attention="eager").model.layers[0]
     with pytest.raises(ValueError, match="expected attention without soft-capped logits for attn, got Gemma2Attention"):
         scoring.find_attention(capped)
-    layer = plain("Llama").model.layers[0]
+    model = plain("Llama")
+    layer = model.model.layers[0]
     layer.self_attn.twist = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="expected attention of known parts for attn, got LlamaAttention with twist"):
         scoring.find_attention(layer)
+    with pytest.raises(ValueError, match="expected attention of known parts for attn, got LlamaAttention with twist"):
+        attach(model, decoder="attn_0_0.5")
+    attach(model, decoder="uni_0_0.5").restore()
     del layer.self_attn.twist
     del layer.input_layernorm
     with pytest.raises(ValueError, match="expected LlamaDecoderLayer to have an input norm"):

@@ -6,6 +6,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,16 @@ class DecoderHook:
         self.entries = drop.entries
         if drop.compress and position != "keep":
             _check.fail("position='keep' with compress=True, whose early layers keep rotated keys", repr(position))
+        windows = [i for i, kind in enumerate(self.layers.kinds) if kind in ("sliding_attention", "chunked_attention")]
+        if drop.compress and windows:
+            raise ValueError(
+                f"expected full attention in all layers with compress=True, got {self.layers.kinds[windows[0]]} "
+                f"in layer {windows[0]}"
+            )
         self.layers.check(self.entries)
+        for scorer in drop.scorers:
+            if scorer is not None:
+                scoring.find_attention(self.layers.modules[scorer])
         self.asks = any(stage.kind == "attn" for stage in drop.stages)
         self.transv = self._transv(language_model)
         # A pass travels in the arguments of the layers, so that recomputation in a checkpoint meets its own.
@@ -120,7 +130,9 @@ class DecoderHook:
         if run.labels is not None and last.total is not None:
             columns.shorten(run.labels, last.total, last.valid)
         if cache is not None and run.steps and self.drop.compress:
+            compress.check(cache)
             compress.compress(cache, run)
+            run.records = [replace(record, everywhere=True) for record in run.records]
         elif cache is not None and run.steps:
             dropped, held = [], []
             for s in range(len(self.entries)):
@@ -234,9 +246,7 @@ class DecoderHook:
                 kept = self._select(run, s, before, module, hidden, position)
             step = run.leave(s, before, kept)
             if step.rows is not None:
-                everywhere = bool(self.drop.compress) and run.cache is not None
-                seen = run.tokens_of(before)
-                run.records.append(Stage(self.entries[s], self.drop.stages[s].kind, step.rows, seen, everywhere))
+                run.records.append(Stage(self.entries[s], self.drop.stages[s].kind, step.rows, run.tokens_of(before)))
             run.spans.append(span.stop())
         if step.rows is None:
             return hidden
