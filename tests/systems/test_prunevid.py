@@ -29,9 +29,9 @@ def model():
 @pytest.fixture(autouse=True)
 def untouched(model):
     """Every test leaves the model without hooks and without attributes of its own."""
-    before = set(model.model.__dict__)
+    before = set(model.model.__dict__) | set(model.__dict__)
     yield
-    assert set(model.model.__dict__) - before <= {"rope_deltas"}
+    assert (set(model.model.__dict__) | set(model.__dict__)) - before <= {"rope_deltas"}
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -256,7 +256,7 @@ def test_a_failure_leaves_nothing_behind(model, wrapper, monkeypatch):
     def fail():
         handle = model.model.language_model.layers[1].register_forward_pre_hook(_raise)
         with pytest.raises(RuntimeError, match="out of luck"):
-            model.generate(**inputs, max_new_tokens=2)
+            model(**inputs)
         handle.remove()
 
     with wrapper(model=model, **OPTIONS) as stage:
@@ -271,6 +271,27 @@ def test_a_failure_leaves_nothing_behind(model, wrapper, monkeypatch):
         stage.set_video_info(**info(inputs))
         fail()
         assert stage.current_video_grid_thw is not None
+
+
+class Unlucky:
+    """A logits processor that fails between two passes of the model."""
+
+    def __call__(self, input_ids, scores):
+        raise RuntimeError("out of luck")
+
+
+@torch.no_grad()
+@BOTH
+def test_a_failure_of_generate_outside_of_the_model(model, wrapper):
+    inputs = tiny.batch(KIND, ROWS[:1])
+    plain = model(**inputs).logits
+    with wrapper(model=model, **OPTIONS) as stage:
+        for options, error in (({"logits_processor": [Unlucky()]}, RuntimeError), ({"no_such_option": 1}, ValueError)):
+            stage.set_video_info(**info(inputs))
+            with pytest.raises(error):
+                model.generate(**inputs, max_new_tokens=2, **options)
+            assert stage.current_video_grid_thw is None
+            assert torch.equal(model(**inputs).logits, plain)
 
 
 def _raise(*_):
@@ -323,6 +344,7 @@ def test_copies_and_pickles_are_plain_models(model, wrapper):
         for other in (copied, loaded):
             assert torch.equal(other(**inputs).logits, plain)
             assert other.model.get_video_features.__self__ is other.model
+            assert other.generate.__self__ is other
 
 
 @torch.no_grad()

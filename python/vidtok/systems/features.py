@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +18,7 @@ from vidtok.models.families import Visual
 from vidtok.models.report import Span
 from vidtok.models.visual import Call, InputHook
 from vidtok.plan import Plan
-from vidtok.systems.stage1 import Stage1
+from vidtok.systems.stage1 import Stage1, StandIn, own
 
 __all__ = ["Qwen25VLStage1Wrapper"]
 
@@ -33,33 +31,21 @@ _PER_MEDIA = (
 )  # fmt: skip
 
 
-def _own(model: nn.Module) -> Any:
-    """The method of the model's class."""
-    return types.MethodType(getattr(type(model), _NAME), model)
-
-
-class _Merging:
-    """Stands in for ``get_video_features``: the class's own one, then the merge. Copies of the model get their own."""
+class _Merging(StandIn):
+    """``get_video_features`` of the model, then the merge."""
 
     def __init__(self, base: nn.Module, hook: FeatureHook) -> None:
-        self.base, self.hook = base, hook
-        functools.update_wrapper(self, _own(base))
+        super().__init__(base, _NAME)
+        self.hook = hook
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         early = self.hook.early()
         if early is not None and early.features is not None:
             return early.features
-        output = _own(self.base)(*args, **kwargs)
-        names = [name for name in inspect.signature(_own(self.base)).parameters if name != "kwargs"]
+        output = self.original(*args, **kwargs)
+        names = [name for name in inspect.signature(own(self.module, _NAME)).parameters if name != "kwargs"]
         grid = {**dict(zip(names, args)), **kwargs}.get("video_grid_thw")
         return self.hook.merge(output, grid)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        copied = memo.get(id(self.base))
-        return self if copied is None else _own(copied)
-
-    def __reduce__(self) -> Any:
-        return _own, (self.base,)
 
 
 @dataclass
@@ -229,13 +215,10 @@ class Qwen25VLStage1Wrapper(Stage1):
                 "whose features enter several layers; version 2 takes it"
             )
         handle = install(FeatureHook, self.model, self.method, decoder, position)
-        self._base = places.base
-        setattr(places.base, _NAME, _Merging(places.base, handle._hook))  # type: ignore[arg-type]
+        self._merging = _Merging(places.base, handle._hook)  # type: ignore[arg-type]
         return handle
 
     def restore(self) -> None:
         """Take the wrapper out of the model, which is as before. A second call does nothing."""
         super().restore()
-        mine = self._base.__dict__.get(_NAME)
-        if isinstance(mine, _Merging) and mine.hook is self._handle._hook:
-            del self._base.__dict__[_NAME]
+        self._merging.remove()

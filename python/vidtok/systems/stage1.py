@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,56 @@ def _inert(*args: Any, **kwargs: Any) -> None:
 
 def _make_inert() -> Any:
     return _inert
+
+
+def own(module: nn.Module, name: str) -> Any:
+    """The method ``name`` as the class of ``module`` has it."""
+    return types.MethodType(getattr(type(module), name), module)
+
+
+class StandIn:
+    """Stands in for a method of one module, until removed; copies and pickles of the module get their class's own."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        self.before = module.__dict__.get(name)
+        wrapped: Any = self
+        functools.update_wrapper(wrapped, own(module, name))
+        setattr(module, name, self)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """What would be called without this."""
+        return (own(self.module, self.name) if self.before is None else self.before)(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Put back what was there; a second call does nothing."""
+        if self.module.__dict__.get(self.name) is not self:
+            return
+        del self.module.__dict__[self.name]
+        if self.before is not None:
+            setattr(self.module, self.name, self.before)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        copied = memo.get(id(self.module))
+        return self if copied is None else own(copied, self.name)
+
+    def __reduce__(self) -> Any:
+        return own, (self.module, self.name)
+
+
+class _Guarded(StandIn):
+    """``generate`` that clears the info when it fails, also where no forward pass is under way."""
+
+    def __init__(self, module: nn.Module, wrapper: Stage1) -> None:
+        super().__init__(module, "generate")
+        self.wrapper = wrapper
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.original(*args, **kwargs)
+        except BaseException:
+            self.wrapper.clear_video_info()
+            raise
 
 
 class _Forget:
@@ -129,7 +181,9 @@ class Stage1:
         self.method = Gated(options, merge, verbose, f"Stage 1 {self.version}")
         self._handle = self._attach(decoder, position)
         owner: nn.Module = places.base if places.outer is None else places.outer
-        self._forget = owner.register_forward_hook(_Forget(self), always_call=True)
+        self._undo: list[Any] = [owner.register_forward_hook(_Forget(self), always_call=True)]
+        if hasattr(type(owner), "generate"):
+            self._undo.append(_Guarded(owner, self))
 
     def _attach(self, decoder: Any, position: str) -> Any:
         raise TypeError(f"expected a version of the first stage, got {type(self).__name__}")
@@ -190,7 +244,8 @@ class Stage1:
         """Take the wrapper out of the model, which is as before. A second call does nothing."""
         self.clear_video_info()
         self._handle.restore()
-        self._forget.remove()
+        for part in self._undo:
+            part.remove()
 
     def __enter__(self) -> Stage1:
         return self
