@@ -18,12 +18,14 @@ from vidtok.models.families._find import (
     tag,
     tags,
     tower_inputs,
+    without_newlines,
 )
 from vidtok.models.families._unsupported import UNSUPPORTED
 
 __all__ = [
     "CORE", "FAMILIES", "REFUSED", "UNSUPPORTED", "Encoded", "Family", "Grid", "Media", "Places", "Visual",
     "find_visual", "has_media", "locate", "named_arguments", "refuse_blind", "supported", "tag", "tags", "tower_inputs",
+    "without_newlines",
 ]  # fmt: skip
 
 
