@@ -13,7 +13,7 @@ from bench import clock
 from bench.decoder.model import ATTENTION, UNIFORM, VISUAL_ID, Size, build, by_hand, prompt, text_only, twin
 from bench.row import Row
 
-WARM = 2
+WARM = 1
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:

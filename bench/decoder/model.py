@@ -30,7 +30,7 @@ class Size:
     text: int = 512
     pairs: int = 5
     steps: int = 60
-    calls: int = 40
+    calls: int = 30
     scored: int = SCORED
     scored_width: int = 3584
     tiny: bool = False

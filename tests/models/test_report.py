@@ -220,3 +220,18 @@ def test_every_family_holds_what_is_reported(name):
     assert report.kv_bytes == size
     # Keys that an indexer picks from are not counted.
     assert size > 0 or any(layer.kind == "indexed_attention" for layer in report.layers)
+
+
+def test_a_cache_shortened_everywhere_is_reported_so():
+    model, inputs = tiny.make("qwen2_5_vl", layers=5), tiny.batch("qwen2_5_vl", tiny.ROWS)
+    with (
+        vidtok.attach(model, visual=tiny.drop, decoder=vidtok.Drop("attn_2_0.5", preset="prunevid")) as handle,
+        torch.no_grad(),
+    ):
+        cache = model(**inputs, use_cache=True).past_key_values
+        report = handle.report()
+    assert [layer.kv_length for layer in report.layers] == [layer.keys.shape[2] for layer in cache.layers]
+    assert len({layer.kv_length for layer in report.layers}) == 1
+    assert [layer.tokens for layer in report.layers[:3]] == [sum(report.tokens_out)] * 3
+    assert report.layers[3].tokens < report.layers[2].tokens
+    assert report.kv_bytes == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)

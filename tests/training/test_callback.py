@@ -453,3 +453,30 @@ def test_transv_is_trained_by_the_optimizer_that_it_is_given_to(models, tmp_path
     gate = next(name for name in before if name.endswith("alpha"))
     assert before[gate] == 0 != transv.state_dict()[gate]
     assert not any("alpha" in name for name in model.state_dict())
+
+
+def test_metrics_on_logits_of_reduced_rows(models, tmp_path):
+    """With rows padded on the left the answers stand at the end of logits and labels alike."""
+    model, seen = fresh(models), []
+
+    def metrics(prediction):
+        seen.append((torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)))
+        return {"accuracy": 0.0}
+
+    class Stops(TrainerCallback):
+        def on_evaluate(self, args, state, control, **_):
+            control.should_training_stop = True
+
+    run = Trainer(
+        model, arguments(tmp_path, 2, eval_strategy="steps", eval_steps=1, learning_rate=0.0), train_dataset=Rows(),
+        eval_dataset=Rows(2), data_collator=lambda items: {k: v.clone() for k, v in items[0].items()},
+        callbacks=[TokenReduction(visual=tiny.drop), Stops()], compute_metrics=metrics,
+        preprocess_logits_for_metrics=lambda logits, labels: logits[:, -5:-1].argmax(-1),
+    )  # fmt: skip
+    run.train()
+    inputs = run.train_dataset.inputs
+    with vidtok.attach(model.eval(), visual=tiny.drop), torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits[:, -5:-1].argmax(-1)
+    predictions, labels = seen[0]
+    assert torch.equal(predictions, expected.repeat(2, 1))
+    assert torch.equal(labels[:, -4:], inputs["input_ids"][:, -4:].repeat(2, 1))
