@@ -57,11 +57,7 @@ def captured(model: Any, language_model: nn.Module, inputs: dict[str, Tensor]) -
 
     def record(layer: nn.Module, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        position = kwargs.get("position_embeddings")
-        if position is None and "position_embeddings_global" in kwargs:
-            local = getattr(layer, "attention_type", "") == "sliding_attention" or getattr(layer, "is_sliding", False)
-            position = kwargs["position_embeddings_local" if local else "position_embeddings_global"]
-        calls[id(layer)] = (hidden.detach(), position)
+        calls[id(layer)] = (hidden.detach(), scoring.positions_of(layer, kwargs))
 
     handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers.modules]
     before = {}
@@ -350,6 +346,85 @@ def test_equal_tokens_are_kept_in_order_of_place(llama):
     kept, score = scored(llama, Drop("attn_0_0.3"), one_video(), dense)
     assert score.unique().numel() == 1
     assert kept == list(range(VISUAL[0], VISUAL[0] + 12))
+
+
+# ---------------------------------------------------------------------- presets inside attached models
+@pytest.fixture(scope="module")
+def vlms():
+    made: dict[str, Any] = {}
+    return lambda kind: made.setdefault(kind, tiny.make(kind, "eager", layers=4))
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize(("preset", "layer"), [("fastv", 1), ("pyramiddrop", 2)])
+def test_attached_presets_keep_what_the_models_attention_weights_say(kind, preset, layer, vlms):
+    """With norm and rotation, scores are the attention weights of the layer that a preset asks."""
+    model, inputs = vlms(kind), tiny.batch(kind, tiny.MIXED)
+    drop = Drop("attn_2_0.4", preset=preset)
+    with attach(model, decoder=drop) as handle, torch.no_grad():
+        model(**inputs, use_cache=False)
+        samples = handle.report().samples
+    assert len(samples) == sum(map(len, tiny.MIXED))
+    for i in range(len(tiny.MIXED)):
+        row = tiny.row(inputs, tiny.MIXED, i)
+        with torch.no_grad():
+            weights = model(**row, use_cache=False, output_attentions=True).attentions[layer]
+        score = weights[0, :, -1].mean(0)
+        ids = row["input_ids"][0]
+        for word, name in ((tiny.VIDEO, "video"), (tiny.IMAGE, "image")):
+            columns = (ids == word).nonzero().squeeze(1)
+            for sample in [s for s in samples if s.row == i and s.kind == name]:
+                own, columns = columns[: sample.tokens_in], columns[sample.tokens_in :]
+                keep = drop.keep(0, len(own), len(own))
+                best = score[own].argsort(descending=True, stable=True)
+                assert sorted(best[:keep].tolist()) == sample.at(2).anchor.tolist()
+                assert sample.at(1).num_out == sample.tokens_in
+
+
+def test_a_second_stage_scores_what_the_first_left(vlms):
+    model, inputs = vlms("qwen2_5_vl"), tiny.batch("qwen2_5_vl", [tiny.ROWS[0]])
+    caught: list[Tensor] = []
+    first = model.model.language_model.layers[2]
+    with attach(model, decoder="uni_1_0.5") as handle, torch.no_grad():
+        watch = first.register_forward_pre_hook(
+            lambda m, a, k: caught.append(a[0] if a else k["hidden_states"]), with_kwargs=True
+        )
+        model(**inputs, use_cache=False)
+        watch.remove()
+        (sample,) = handle.report().samples
+    left = sample.at(2).anchor
+    hidden, attention = caught[0][0], first.self_attn
+    start = int((inputs["input_ids"][0] == tiny.VIDEO).nonzero()[0, 0])
+    q = attention.q_proj(hidden[-1:]).view(1, 4, 16).transpose(0, 1)
+    k = attention.k_proj(hidden).view(-1, 2, 16).transpose(0, 1).repeat_interleave(2, 0)
+    share = (q @ k.transpose(1, 2) / 4).softmax(-1).mean((0, 1))[start : start + len(left)]
+    best = share.argsort(descending=True, stable=True)[: int(0.25 * sample.tokens_in)]
+    with attach(model, decoder="uni_1_0.5-attn_2_0.25") as handle, torch.no_grad():
+        model(**inputs, use_cache=False)
+        (sample,) = handle.report().samples
+    assert sample.at(2).anchor.tolist() == left[best.sort().values].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model = tiny.make("qwen2_5_vl", layers=3).to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny.batch("qwen2_5_vl", tiny.ROWS).items()}
+    for preset in ("timeviper", "pyramiddrop", "prunevid"):
+        with attach(model, decoder=Drop("attn_1_0.4", preset=preset)) as handle:
+            logits = tiny.generate(model, inputs, 3)[0]
+            assert logits.isfinite().all() and all(s.at(2).num_out < s.tokens_in for s in handle.report().samples)
+
+
+def test_a_reference_that_leaves_no_token_still_decodes(vlms):
+    model, inputs = vlms("qwen2_5_vl"), tiny.batch("qwen2_5_vl", tiny.ROWS)
+    for kind in ("uni", "attn"):
+        drop = Drop(f"{kind}_1_0.001", preset="timeviper")
+        with attach(model, decoder=drop) as handle:
+            got = tiny.generate(model, inputs, 3)[0]
+            assert [s.at(1).num_out for s in handle.report().samples] == [0] * 4
+        alone = tiny.row(inputs, tiny.ROWS, 1)
+        with attach(model, decoder=drop):
+            torch.testing.assert_close(tiny.generate(model, alone, 3)[0], got[1:2], rtol=1e-4, atol=1e-3)
 
 
 # ---------------------------------------------------------------------- rows of a batch

@@ -292,6 +292,15 @@ def _at(position: Any, index: slice | Tensor, batch: int) -> Any:
     return tuple(out)
 
 
+def positions_of(layer: nn.Module, arguments: dict[str, Any]) -> Any:
+    """(cos, sin) among the arguments of a layer's call; None when it gets none."""
+    if "position_embeddings_local" not in arguments:
+        return arguments.get("position_embeddings")
+    # transformers 4 hands both kinds to every layer of Gemma 3.
+    sliding = bool(getattr(getattr(layer, "self_attn", None), "is_sliding", False))
+    return arguments["position_embeddings_local" if sliding else "position_embeddings_global"]
+
+
 def query_and_key(
     drop: Drop, layer: nn.Module, hidden: Tensor, position_embeddings: Any, columns: Tensor
 ) -> tuple[Tensor, Tensor, float]:
@@ -311,6 +320,11 @@ def query_and_key(
     batch, length, channels = hidden.shape
     norm = attention.norm if drop.norm else None
     turned = position_embeddings if drop.rope else None
+    if drop.rope and turned is None and attention.rotate is not None:
+        given = inspect.signature(inspect.unwrap(type(attention.module).forward)).parameters
+        if "position_embeddings" not in given:  # a layer without positions is given None
+            name = type(attention.module).__name__
+            raise ValueError(f"expected attention that is given its rotation for rope=True, got {name}")
     with _quiet(layer, hidden.device):
         hidden = hidden.detach()
         at = columns.clamp(min=0)
