@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vidtok
-from tests.models import plain, tiny
+from tests.models import flash, plain, tiny
 from vidtok.models import decoder, layers
 from vidtok.models.run import Step
 
@@ -340,13 +340,41 @@ def test_unknown_arguments_per_token_are_refused(language):
         model(input_ids=ids, my_weights=torch.ones(1, 3))
 
 
-def test_packed_rows_are_refused(language):
+def packed(given):
+    """One row of several, told apart by position ids that restart."""
+    ids = torch.tensor([[token for row in given for token in row]])
+    return ids, torch.cat([torch.arange(len(row)) for row in given])[None]
+
+
+@pytest.mark.parametrize("position", ["keep", "renumber"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+@pytest.mark.parametrize("kind", ["qwen2", "mistral", "mixed"])
+def test_packed_rows_equal_each_sequence_alone(language, kind, attention, position):
+    ids, restart = packed(GIVEN)
+    with flash.installed():
+        model = language(kind, attention)
+        drop = vidtok.Drop("uni_1_0.5-uni_3_0.25", budget="frame")
+        with vidtok.attach(model, decoder=drop, position=position) as handle:
+            with handle.tokens(plain.visual(ids)):
+                got = model(input_ids=ids, position_ids=restart, use_cache=False).logits[0]
+            alone = []
+            for row in GIVEN:
+                one = torch.tensor([row])
+                with handle.tokens(plain.visual(one)):
+                    alone.append(model(input_ids=one, use_cache=False).logits[0])
+    torch.testing.assert_close(got, torch.cat(alone), **CLOSE)
+
+
+def test_packed_rows_that_cannot_be_told_apart_are_refused(language):
     model = language("qwen2")
-    ids = torch.tensor([GIVEN[0]])
-    restart = torch.cat([torch.arange(20), torch.arange(12)])[None]
-    refused = pytest.raises(ValueError, match="rows packed by restarting position_ids")
-    with vidtok.attach(model, decoder="uni_1_0.5") as handle, handle.tokens(plain.visual(ids)), refused:
-        model(input_ids=ids, position_ids=restart, use_cache=False)
+    ids, restart = packed(GIVEN)
+    for spec, cache, words in (
+        ("uni_1_0.5", True, "expected use_cache=False with packed rows"),
+        ("attn_1_0.5", False, "expected uni with a budget per item or frame for packed rows"),
+    ):
+        refused = pytest.raises(ValueError, match=words)
+        with vidtok.attach(model, decoder=spec) as handle, handle.tokens(plain.visual(ids)), refused:
+            model(input_ids=ids, position_ids=restart, use_cache=cache)
 
 
 def test_step_numbers_count_real_tokens():

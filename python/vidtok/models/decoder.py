@@ -105,7 +105,8 @@ class DecoderHook:
             self._read_masks(run, given, embeds, tokens)
         run.old = columns.past_columns(before, given, embeds.shape[1], run.past, embeds.device)
         text = None if self.transv is None or tokens is None else self.transv.text(tokens, labels)
-        run.enter(self._keys(tokens), self._asking(tokens, labels), text)
+        packed = None if tokens is None or cache is not None else self._packed(arguments, run.batch)
+        run.enter(self._keys(tokens), self._asking(tokens, labels), text, packed)
         position = arguments.get("position_ids")
         run.mrope = position.dim() == 3 if isinstance(position, Tensor) else self.layers.mrope
         self._local.run = run
@@ -172,17 +173,31 @@ class DecoderHook:
                 "expected visual tokens in the first turn for attn, got a cache that is filled: "
                 "scores would miss the tokens in it"
             )
-        position, mask = arguments.get("position_ids"), arguments.get("attention_mask")
-        if cache is None and mask is None and isinstance(position, Tensor) and position.shape[0] in (1, 2, 4):
-            text = position[0] if position.dim() == 3 else position
-            if (position.dim() == 2 or position.shape[0] == 4) and bool((text.diff(dim=-1) < 0).any()):
-                raise ValueError("expected padded rows, got rows packed by restarting position_ids")
         deep = arguments.get("deepstack_visual_embeds")
         if deep is not None and min(self.entries) < len(deep):
             _check.fail(
                 f"drops at layer {len(deep)} or later, after the layers that visual features are added to",
                 f"layer {min(self.entries)}",
             )
+
+    def _packed(self, arguments: dict[str, Any], batch: int) -> Tensor | None:
+        """int64 ``[B, L]``: the sequence of each column, by the rule of transformers; None for one per row."""
+        position = arguments.get("position_ids")
+        if arguments.get("attention_mask") is not None or not isinstance(position, Tensor):
+            return None
+        if position.dim() == 3 and position.shape[0] != 4:
+            return None
+        text = position[0] if position.dim() == 3 else position
+        sequence = torch.nn.functional.pad(text.diff(dim=-1) != 1, (1, 0)).long().cumsum(-1)
+        if not bool(sequence[:, -1].any()):
+            return None
+        if self.asks or self.transv is not None or self.drop.budget == "sample":
+            raise ValueError(
+                "expected uni with a budget per item or frame for packed rows, got what looks at whole rows"
+            )
+        if "linear_attention" in self.layers.kinds:
+            raise ValueError("expected attention in all layers for packed rows, got recurrent ones")
+        return sequence.expand(batch, -1)
 
     def _read_masks(self, run: Run, given: Any, embeds: Tensor, tokens: Tokens | None) -> None:
         """Masks of four dimensions say which columns are real, and which see each other both ways."""
@@ -228,7 +243,8 @@ class DecoderHook:
             arguments = self._arguments(run, step, index, hidden, arguments)
         for s, scorer in enumerate(self.drop.scorers):
             if scorer == index and self.entries[s] > index and run.tokens is not None and s not in run.kept:
-                run.kept[s] = self._select(run, s, run.before(s), module, hidden, arguments.get("position_embeddings"))
+                position = scoring.positions_of(module, arguments)
+                run.kept[s] = self._select(run, s, run.before(s), module, hidden, position)
         return layers.put(module, hidden, arguments, positional)
 
     def _leave(
@@ -240,9 +256,9 @@ class DecoderHook:
             before = run.before(s)
             kept = run.kept.get(s)
             if kept is None:
-                position = arguments.get("position_embeddings")
+                position = scoring.positions_of(module, arguments)
                 if self.drop.stages[s].kind == "attn" and before.stage >= 0:
-                    position = self._arguments(run, before, index, hidden, arguments).get("position_embeddings")
+                    position = scoring.positions_of(module, self._arguments(run, before, index, hidden, arguments))
                 kept = self._select(run, s, before, module, hidden, position)
             step = run.leave(s, before, kept)
             if step.rows is not None:
@@ -347,10 +363,14 @@ class DecoderHook:
         hidden = layers.streams(self.layers.modules[index], hidden)[0]
         key = (step.stage, "mask", kind, hidden.device, cache is None)
 
+        packed = None if step.sequence is None else step.number(run).to(hidden.device)
+        if packed is not None and cache is not None:
+            raise ValueError("expected use_cache=False with packed rows, got a cache, with which no mask parts them")
+
         def make(_: Any) -> Any:
             layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]
-            mask = None if step.mask is None else step.mask.to(hidden.device)
-            made = masks.build(self.layers.config, kind, hidden, mask, step.past, layer)
+            mask = None if step.mask is None or packed is not None else step.mask.to(hidden.device)
+            made = masks.build(self.layers.config, kind, hidden, mask, step.past, layer, packed)
             pairs = step.pairs(run, kind)
             return made if pairs is None else masks.with_blocks(made, pairs.to(hidden.device), hidden, step.past)
 

@@ -31,6 +31,7 @@ class Step:
         key: ``[B, width]``, budget of each visual token, −1 for others; None without visual tokens.
         asking: bool ``[B, width]``, the rows whose attention decides; None without ``attn``.
         text: bool ``[B, width]``, the rows that read what is dropped; None without TransV.
+        sequence: int64 ``[B, width]``, number of each column's sequence in packed rows; None for one per row.
         readers: what left at the drop, and what reads it, bool over the columns of the step before.
     """
 
@@ -46,14 +47,19 @@ class Step:
         key: Tensor | None = None,
         asking: Tensor | None = None,
         text: Tensor | None = None,
+        sequence: Tensor | None = None,
     ) -> None:
-        self.text = text
+        self.text, self.sequence = text, sequence
         self.readers: tuple[Tensor, Tensor] | None = None
         self.stage, self.width, self.valid, self.past, self.mask = stage, width, valid, past, mask
         self.rows, self.total, self.key, self.asking = rows, total, key, asking
 
     def number(self, run: Run) -> Tensor:
-        """int64 ``[B, width]``: places of the columns, counting real tokens only."""
+        """int64 ``[B, width]``: places of the columns in their sequences, counting real tokens only."""
+        if self.sequence is not None:
+            column = torch.arange(self.width, device=run.device).expand(run.batch, -1)
+            first = torch.nn.functional.pad(self.sequence.diff(dim=1) != 0, (1, 0), value=True)
+            return column - torch.where(first, column, 0).cummax(1).values
         return columns.consecutive(self.mask, run.batch, self.past, self.width, run.device)
 
     def pairs(self, run: Run, kind: str) -> Tensor | None:
@@ -101,9 +107,13 @@ class Run:
         self.spans: list[Span] = []
         self.floor = 0
 
-    def enter(self, key: Tensor | None, asking: Tensor | None, text: Tensor | None = None) -> None:
+    def enter(
+        self, key: Tensor | None, asking: Tensor | None, text: Tensor | None = None, sequence: Tensor | None = None
+    ) -> None:
         """Begin with the columns that enter the decoder."""
-        self.base = Step(-1, self.length, self.real, self.past, None, key=key, asking=asking, text=text)
+        self.base = Step(
+            -1, self.length, self.real, self.past, None, key=key, asking=asking, text=text, sequence=sequence
+        )
         self.floor = 0 if self.stages is None else self.stages.floor
         if key is None:
             for s in range(len(self.entries)):
@@ -174,7 +184,9 @@ class Run:
         past, old = self._held(stage)
         if not any(kept.dropped):
             mask = self._joined(old, before.valid, past, before.width)
-            step = Step(stage, before.width, before.valid, past, mask, None, before.total, key, asking, text)
+            step = Step(
+                stage, before.width, before.valid, past, mask, None, before.total, key, asking, text, before.sequence
+            )
             self.steps[stage] = step
             return step
         at = (key.reshape(-1) >= 0).nonzero().squeeze(1)
@@ -195,9 +207,12 @@ class Run:
         if text is not None:
             readers = ~kept.mask, text
             (text,) = ops.position_remap(rows, text, dim=-1, fill=0)
+        sequence = before.sequence
+        if sequence is not None:
+            (sequence,) = ops.position_remap(rows, sequence, dim=-1, fill=-1)
         total = rows if before.total is None else before.total.compose(rows)
         mask = self._joined(old, valid, past, width)
-        step = Step(stage, width, valid, past, mask, rows, total, key, asking, text)
+        step = Step(stage, width, valid, past, mask, rows, total, key, asking, text, sequence)
         step.readers = readers
         self.steps[stage] = step
         return step
