@@ -143,22 +143,27 @@ def _names(forward: Any) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
-def named(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any], bool]:
-    """Hidden states, the other arguments of a layer's call by name, and whether the hidden states came by position."""
+def named(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any], int]:
+    """Hidden states, the other arguments of a layer's call by name, and how many came by position."""
     names = _names(type(layer).forward)
     if not args:
         arguments = dict(kwargs)
-        return arguments.pop(names[0]), arguments, False
+        return arguments.pop(names[0]), arguments, 0
     if len(args) > len(names):
         _check.fail(f"at most {len(names)} positional arguments of a decoder layer", str(len(args)))
-    return args[0], {**dict(zip(names[1:], args[1:])), **kwargs}, True
+    return args[0], {**dict(zip(names[1:], args[1:])), **kwargs}, len(args)
 
 
-def put(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], positional: bool) -> Any:
-    """What a forward pre-hook returns. Checkpointing and hidden-state capture read the hidden states by position."""
-    if positional:
-        return (hidden,), arguments
-    return (), {_names(type(layer).forward)[0]: hidden, **arguments}
+def put(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], positional: int) -> Any:
+    """What a forward pre-hook returns: what came by position goes on by position.
+
+    Hidden-state capture reads the hidden states there, and a reentrant checkpoint gradients.
+    """
+    names = _names(type(layer).forward)
+    if not positional:
+        return (), {names[0]: hidden, **arguments}
+    front = names[1:positional]
+    return (hidden, *(arguments[n] for n in front)), {n: v for n, v in arguments.items() if n not in front}
 
 
 def streams(layer: nn.Module, hidden: Tensor) -> list[Tensor]:
