@@ -463,6 +463,9 @@ def test_metrics_on_logits_of_reduced_rows(models, tmp_path):
         seen.append((torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)))
         return {"accuracy": 0.0}
 
+    def first(logits):  # older versions hand over all outputs
+        return logits[0] if isinstance(logits, tuple) else logits
+
     class Stops(TrainerCallback):
         def on_evaluate(self, args, state, control, **_):
             control.should_training_stop = True
@@ -471,7 +474,7 @@ def test_metrics_on_logits_of_reduced_rows(models, tmp_path):
         model, arguments(tmp_path, 2, eval_strategy="steps", eval_steps=1, learning_rate=0.0), train_dataset=Rows(),
         eval_dataset=Rows(2), data_collator=lambda items: {k: v.clone() for k, v in items[0].items()},
         callbacks=[TokenReduction(visual=tiny.drop), Stops()], compute_metrics=metrics,
-        preprocess_logits_for_metrics=lambda logits, labels: logits[:, -5:-1].argmax(-1),
+        preprocess_logits_for_metrics=lambda logits, labels: first(logits)[:, -5:-1].argmax(-1),
     )  # fmt: skip
     run.train()
     inputs = run.train_dataset.inputs
