@@ -80,7 +80,7 @@ check-isa: install
 
 # A static pattern: make looks for no implicit rule of a phony target, and would call it done.
 $(filter check-transformers-%,$(addprefix check-,$(CHECKS))): check-transformers-%: install
-	$(TIMED) transformers-$* 4 env $(HF_OFFLINE) scripts/with_transformers $* $(PYTHON) tests/models tests/systems
+	$(TIMED) transformers-$* 4 env $(HF_OFFLINE) scripts/with_transformers $* $(PYTHON) tests/models tests/systems tests/training
 
 check-asan: venv
 	$(TIMED) asan 8 scripts/asan $(PYTHON) tests/ops
