@@ -483,3 +483,17 @@ def test_metrics_on_logits_of_reduced_rows(models, tmp_path):
     predictions, labels = seen[0]
     assert torch.equal(predictions, expected.repeat(2, 1))
     assert torch.equal(labels[:, -4:], inputs["input_ids"][:, -4:].repeat(2, 1))
+
+
+def test_without_the_watch_an_exception_leaves_the_attachment(models, tmp_path, monkeypatch):
+    model = fresh(models)
+    before = hooks(model)
+    monkeypatch.setattr("vidtok.training.callback._Running.find", staticmethod(lambda: None))
+    reduction = TokenReduction(visual=tiny.drop)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(model, tmp_path, [reduction, Fails()]).train()
+    with torch.no_grad():
+        model(**labelled(ROWS), use_cache=False)
+    assert hooks(model) > before
+    reduction.restore()
+    assert hooks(model) == before
