@@ -197,3 +197,44 @@ class TestDecoder:
                 alone = uncached(model, module.row(inputs, module.ROWS, i), out.sequences[i : i + 1, -3:])
                 assert far(got[i : i + 1], alone) < 2e-5 * scale
         assert (got - before).abs().amax((1, 2)).min() > 1e-4 * scale
+
+
+def trained(model, inputs, labels, again=None):
+    """Loss and gradients of a step in training mode; ``again`` tells how layers are recomputed."""
+    model.train()
+    if again is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": again})
+    try:
+        loss = model(**inputs, labels=labels.clone(), use_cache=False).loss
+        loss.backward()
+        return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    finally:
+        model.zero_grad()
+        model.eval()
+        if again is not None:
+            model.gradient_checkpointing_disable()
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_training(name):
+    """Loss of the reduced rows, and the same gradients when layers are recomputed in the backward pass."""
+    module, (model, inputs) = family(name), made(name)
+    ids = inputs["input_ids"]
+    labels = torch.full_like(ids, -100)
+    labels[:, -3:] = ids[:, -3:]
+    inside = None if "uni" in getattr(module, "REFUSED", {}) else f"uni_{getattr(module, 'DROP_AT', 1)}_0.5"
+    with attach(model, visual=tiny.drop, decoder=inside):
+        short = logits(model, inputs)[:, -4:-1]
+        want = torch.nn.functional.cross_entropy(short.flatten(0, 1), ids[:, -3:].flatten()).item()
+        loss, grads = trained(model, inputs, labels)
+        # Gemma 3n divides by the magnitude of padding, reduced or not.
+        grads = {n: g for n, g in grads.items() if g.isfinite().all()}
+        assert abs(loss - want) < 1e-5 and grads
+        if not model.supports_gradient_checkpointing:
+            return
+        for reentrant in (False, True):
+            again, other = trained(model, inputs, labels, reentrant)
+            assert abs(again - want) < 1e-5
+            assert grads.keys() <= other.keys()
+            scale = max(g.abs().max() for g in grads.values())
+            assert max(far(grads[n], other[n]) for n in grads) < 2e-5 * scale

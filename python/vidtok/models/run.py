@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vidtok import ops
-from vidtok.models import budgets, columns
+from vidtok.models import budgets, columns, layers
 from vidtok.models.cache import Stages
 from vidtok.models.drop import Drop
 from vidtok.models.report import Span, Stage
@@ -220,6 +220,9 @@ class Run:
     # ------------------------------------------------------------------ what is made once
     def once(self, key: Any, source: Any, make: Callable[[Any], Any]) -> Any:
         """``make(source)``, remembered; ``source`` is held so that its identity stays its own."""
+        if any(tensor.requires_grad for tensor in layers.tensors(source)):
+            # Where hooks run inside a checkpoint, recomputation has to save the same tensors again.
+            return make(source)
         found = self.memo.get(key)
         if found is None:
             found = self.memo[key] = (source, make(source))
