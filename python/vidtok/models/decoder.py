@@ -321,6 +321,9 @@ class DecoderHook:
                     out[name] = self._positions(run, step, value)
             elif name.startswith("position_embeddings") and self.position == "renumber":
                 out[name] = self._rotate(run, step, index, hidden, name)
+            elif step.total is not None and any(t.requires_grad for t in layers.tensors(value)):
+                # Made anew in a recomputation, which has to save the same tensors and to hand gradients on.
+                out[name] = _follow(run, step, name, value)
             elif step.total is not None:
                 out[name] = run.once((step.stage, name, id(value)), value, functools.partial(_follow, run, step, name))
         return out
