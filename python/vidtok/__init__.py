@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from vidtok.kernels.reports import synchronize
     from vidtok.kernels.select import use_backend
     from vidtok.models.attach import attach
+    from vidtok.models.cache import LogicalCache
     from vidtok.models.drop import Drop
     from vidtok.plan import Plan
 
 _MODULES = ("data", "kernels", "methods", "models", "ops", "plan", "spec", "systems", "training")
 _NAMES = {
     "Drop": "vidtok.models.drop",
+    "LogicalCache": "vidtok.models.cache",
     "Plan": "vidtok.plan",
     "attach": "vidtok.models.attach",
     "synchronize": "vidtok.kernels.reports",
@@ -29,7 +31,7 @@ _NAMES = {
 }
 
 __all__ = [
-    "Drop", "Plan", "__version__", "attach", "data", "kernels", "methods", "models", "ops", "spec",
+    "Drop", "LogicalCache", "Plan", "__version__", "attach", "data", "kernels", "methods", "models", "ops", "spec",
     "synchronize", "training", "use_backend",
 ]  # fmt: skip
 

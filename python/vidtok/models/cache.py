@@ -184,6 +184,20 @@ class TwoLengths:
             return held
         return held + state.dropped + (0 if state.stages is None else state.stages.at(self._counting(layer_idx)))
 
+    @property
+    def logical_length(self) -> int:
+        """Tokens that the caller fed, as ``get_seq_length()`` answers: what positions and inputs are counted by."""
+        return int(self.get_seq_length())
+
+    @property
+    def physical_lengths(self) -> list[int]:
+        """Tokens that each layer holds: what memory and attention masks are counted by; 0 for recurrent layers."""
+        state, layers = self._state(), self.layers  # type: ignore[attr-defined]
+        if state is not None and state.reduced and is_static(self):
+            stages = state.stages
+            return [state.length - (0 if stages is None else stages.at(i)) for i in range(len(layers))]
+        return [int(x.get_seq_length()) if getattr(x, "keys", None) is not None else 0 for x in layers]
+
     def _counting(self, layer_idx: int) -> int:
         """The layer that answers for ``layer_idx``: recurrent ones do not count tokens."""
         layers: Any = self.layers  # type: ignore[attr-defined]
@@ -256,14 +270,43 @@ class TwoLengths:
             state.stages.change(lambda mask: mask.repeat_interleave(repeats, dim=0))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__mro__[2],), dict(self.__dict__)
+        cls = type(self)
+        public = cls.__dict__.get("public", False)
+        return _rebuild, (cls.__mro__[2], public), dict(self.__dict__)
 
 
-def _rebuild(base: Any) -> Any:
-    cls: Any = _two_lengths(base)
+def _rebuild(base: Any, public: bool = False) -> Any:
+    cls: Any = logical_cache() if public else _two_lengths(base)
     return cls.__new__(cls)
 
 
 @memo
 def _two_lengths(base: Any) -> Any:
     return type(base.__name__, (TwoLengths, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
+@memo
+def logical_cache() -> Any:
+    """The class :class:`LogicalCache`, made when transformers is there."""
+    from transformers import DynamicCache
+
+    doc = """A growing cache that knows two lengths, for several turns of one conversation.
+
+    ``get_seq_length()`` and :attr:`logical_length` count the tokens that were fed, :attr:`physical_lengths` those that
+    each layer holds. Arguments are those of transformers' ``DynamicCache``; without an attachment it is one.
+
+    Example:
+        >>> cache = vidtok.LogicalCache(config=model.config)  # doctest: +SKIP
+        >>> with vidtok.attach(model, visual="uniform:ratio=0.25"):
+        ...     model.generate(**first_turn, past_key_values=cache)
+        ...     model.generate(**second_turn, past_key_values=cache)
+        ...     print(cache.logical_length, cache.physical_lengths)
+    """
+    return type("LogicalCache", (TwoLengths, DynamicCache), {"__module__": __name__, "__doc__": doc, "public": True})
+
+
+def __getattr__(name: str) -> Any:
+    # transformers is imported by those who use it.
+    if name == "LogicalCache":
+        return logical_cache()
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
