@@ -497,3 +497,12 @@ def test_without_the_watch_an_exception_leaves_the_attachment(models, tmp_path, 
     assert hooks(model) > before
     reduction.restore()
     assert hooks(model) == before
+
+
+def test_a_training_that_ended_is_not_held(models, tmp_path):
+    model, reduction = fresh(models), TokenReduction(visual=tiny.drop)
+    run = trainer(model, tmp_path, [reduction], steps=1)
+    run.train()
+    # The frame of train() would keep the Trainer alive, with data and optimizer.
+    assert reduction._training is None
+    assert reduction.handle.running is None

@@ -80,7 +80,7 @@ class Handle:
         """Take the attachment out; the model is as before. A second call does nothing."""
         if self.active:
             _forget_compiled()
-        self._hook.active = False
+        self._hook.active, self.running = False, None
         while self._handles:
             self._handles.pop().remove()
 
