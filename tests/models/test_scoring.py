@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tests.models import tiny, zoo
 from tests.models.zoo import _common
 from vidtok.models import attach, families, scoring
+from vidtok.models.attentions import find_attention
 from vidtok.models.budgets import groups, keys, originals
 from vidtok.models.drop import Drop
 from vidtok.models.layers import Layers
@@ -77,7 +78,7 @@ def captured(model: Any, language_model: nn.Module, inputs: dict[str, Tensor]) -
     out = []
     for layer, kind in zip(layers.modules, layers.kinds):
         if kind not in ("linear_attention", "none"):
-            attention = scoring.find_attention(layer)
+            attention = find_attention(layer)
             out.append((layer, *calls[id(layer)], *made[id(attention.module)]))
     return out
 
@@ -111,7 +112,7 @@ def test_queries_and_keys_are_those_of_the_layers_own_forward(family, monkeypatc
         layers = Layers(language_model)
         found = [x for x, kind in zip(layers.modules, layers.kinds) if "linear" not in kind and kind != "none"]
         with pytest.raises(ValueError, match=REFUSED[family]):
-            scoring.find_attention(found[0])
+            find_attention(found[0])
         return
     calls = captured(model, language_model, module.batch(module.ROWS))
     assert calls
@@ -165,19 +166,19 @@ def test_queries_and_keys_of_plain_language_models(name):
 def test_attention_that_scores_cannot_reproduce_is_refused():
     capped = plain("Gemma2", attention="eager").model.layers[0]
     with pytest.raises(ValueError, match="expected attention without soft-capped logits for attn, got Gemma2Attention"):
-        scoring.find_attention(capped)
+        find_attention(capped)
     model = plain("Llama")
     layer = model.model.layers[0]
     layer.self_attn.twist = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="expected attention of known parts for attn, got LlamaAttention with twist"):
-        scoring.find_attention(layer)
+        find_attention(layer)
     with pytest.raises(ValueError, match="expected attention of known parts for attn, got LlamaAttention with twist"):
         attach(model, decoder="attn_0_0.5")
     attach(model, decoder="uni_0_0.5").restore()
     del layer.self_attn.twist
     del layer.input_layernorm
     with pytest.raises(ValueError, match="expected LlamaDecoderLayer to have an input norm"):
-        scoring.find_attention(layer)
+        find_attention(layer)
 
 
 # ---------------------------------------------------------------------- presets against dense formulas
@@ -510,6 +511,21 @@ def test_training_decides_as_inference_does():
 
 
 # ---------------------------------------------------------------------- side effects
+def test_weights_that_accelerate_keeps_elsewhere():
+    accelerate = pytest.importorskip("accelerate")
+    inputs = tiny.batch("qwen2_5_vl", tiny.ROWS)
+    want = None
+    for offload in (False, True):
+        model = tiny.make("qwen2_5_vl", layers=3)
+        if offload:
+            accelerate.cpu_offload(model, torch.device("cpu"))
+            assert model.model.language_model.layers[1].self_attn.k_proj.weight.is_meta
+        with attach(model, decoder=Drop("attn_1_0.4", norm=True, rope=True)):
+            got = tiny.generate(model, inputs, 3)[0]
+        want = got if want is None else want
+    assert torch.equal(got, want)
+
+
 class Noisy(nn.Linear):
     """A projection with an adapter's dropout."""
 
@@ -594,9 +610,8 @@ MEMORY = """
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_scoring_23_000_tokens_takes_less_than_100_mb(dtype):
-    script = textwrap.dedent(MEMORY).format(name="Qwen2", dtype=dtype)
+def test_scoring_23_000_tokens_takes_less_than_100_mb():
+    script = textwrap.dedent(MEMORY).format(name="Qwen2", dtype="float32")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run(
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300, check=False

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from vidtok import _check
 from vidtok.models import scoring
+from vidtok.models.attentions import find_attention
 from vidtok.models.drop import ATTENTION, Drop, resolve_drop
 from vidtok.models.layers import Layers
 from vidtok.models.tokens import Tokens
@@ -127,7 +128,7 @@ def _stage(layers: Layers, entry: int, init: str | None) -> CrossAttention:
     near = [i for i in range(entry, min(len(layers.modules), entry + _REACH + 1)) if layers.kinds[i] in ATTENTION]
     if not near:
         _check.fail(f"an attention layer among the {_REACH} from layer {entry} on", "none")
-    found = scoring.find_attention(layers.modules[near[0]])
+    found = find_attention(layers.modules[near[0]])
     module: Any = found.module
     own = module.k_proj if hasattr(module, "k_proj") else module.qkv_proj
     weight = next(own.parameters())
