@@ -10,6 +10,7 @@ import torch
 import vidtok
 from tests.models import flash, plain, tiny
 from vidtok.models import decoder, layers
+from vidtok.models.packing import Packing
 from vidtok.models.run import Step
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
@@ -349,11 +350,12 @@ def packed(given):
 @pytest.mark.parametrize("position", ["keep", "renumber"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
 @pytest.mark.parametrize("kind", ["qwen2", "mistral", "mixed"])
-def test_packed_rows_equal_each_sequence_alone(language, kind, attention, position):
+@pytest.mark.parametrize("spec", ["uni_1_0.5-uni_3_0.25", "attn_1_0.5-attn_3_0.25"])
+def test_packed_rows_equal_each_sequence_alone(language, kind, spec, attention, position):
     ids, restart = packed(GIVEN)
     with flash.installed():
         model = language(kind, attention)
-        drop = vidtok.Drop("uni_1_0.5-uni_3_0.25", budget="frame")
+        drop = vidtok.Drop(spec, budget="frame" if "uni" in spec else "sample", rope=True)
         with vidtok.attach(model, decoder=drop, position=position) as handle:
             with handle.tokens(plain.visual(ids)):
                 got = model(input_ids=ids, position_ids=restart, use_cache=False).logits[0]
@@ -365,16 +367,23 @@ def test_packed_rows_equal_each_sequence_alone(language, kind, attention, positi
     torch.testing.assert_close(got, torch.cat(alone), **CLOSE)
 
 
-def test_packed_rows_that_cannot_be_told_apart_are_refused(language):
+def test_packed_rows_with_a_cache_are_refused(language):
+    """transformers does not part packed rows in a pass that fills a cache."""
     model = language("qwen2")
     ids, restart = packed(GIVEN)
-    for spec, cache, words in (
-        ("uni_1_0.5", True, "expected use_cache=False with packed rows"),
-        ("attn_1_0.5", False, "expected uni with a budget per item or frame for packed rows"),
-    ):
-        refused = pytest.raises(ValueError, match=words)
-        with vidtok.attach(model, decoder=spec) as handle, handle.tokens(plain.visual(ids)), refused:
-            model(input_ids=ids, position_ids=restart, use_cache=cache)
+    refused = pytest.raises(ValueError, match="expected use_cache=False with packed rows")
+    with vidtok.attach(model, decoder="uni_1_0.5") as handle, handle.tokens(plain.visual(ids)), refused:
+        model(input_ids=ids, position_ids=restart, use_cache=True)
+
+
+def test_packing_and_back():
+    sequence = torch.tensor([[-1, 0, 0, 1, 2, 2], [0, 0, 0, -1, 1, 1]])
+    packing = Packing(sequence)
+    x = torch.arange(12).view(2, 6)
+    want = [[-1, 1, 2], [-1, -1, 3], [-1, 4, 5], [6, 7, 8], [-1, 10, 11]]
+    assert packing.unpack(x, -1).tolist() == want and packing.row.tolist() == [0, 0, 0, 1, 1]
+    assert torch.equal(packing.pack(packing.unpack(x, 0), -1), x.masked_fill(sequence < 0, -1))
+    assert Packing(torch.zeros(2, 3).long()).valid is None
 
 
 def test_step_numbers_count_real_tokens():

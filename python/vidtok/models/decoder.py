@@ -17,6 +17,7 @@ from vidtok.models import budgets, columns, compress, layers, masks, scoring
 from vidtok.models import cache as caches
 from vidtok.models.cache import Stages, State
 from vidtok.models.drop import Drop
+from vidtok.models.packing import Packing
 from vidtok.models.report import Span, Stage
 from vidtok.models.run import Run, Step
 from vidtok.models.tokens import Tokens
@@ -106,7 +107,8 @@ class DecoderHook:
         run.old = columns.past_columns(before, given, embeds.shape[1], run.past, embeds.device)
         text = None if self.transv is None or tokens is None else self.transv.text(tokens, labels)
         packed = None if tokens is None or cache is not None else self._packed(arguments, run.batch)
-        run.enter(self._keys(tokens), self._asking(tokens, labels), text, packed)
+        keys, asking = self._budgets(tokens, labels, packed)
+        run.enter(keys, asking, text, packed)
         position = arguments.get("position_ids")
         run.mrope = position.dim() == 3 if isinstance(position, Tensor) else self.layers.mrope
         self._local.run = run
@@ -148,11 +150,24 @@ class DecoderHook:
             run.memo.clear()
         return run.records
 
-    def _keys(self, tokens: Tokens | None) -> Tensor | None:
-        return None if tokens is None else budgets.keys(self.drop, tokens, getattr(tokens, "group", None))
-
-    def _asking(self, tokens: Tokens | None, labels: Tensor | None) -> Tensor | None:
-        return scoring.queries(self.drop, tokens, labels) if self.asks and tokens is not None else None
+    def _budgets(
+        self, tokens: Tokens | None, labels: Tensor | None, packed: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The budget of each column, and which columns ask."""
+        if tokens is None:
+            return None, None
+        packing = None if packed is None else Packing(packed)
+        if packing is not None:
+            labels = None if labels is None else packing.unpack(labels.to(tokens.unit.device), -100)
+            unit, frame = packing.unpack(tokens.unit, -1), packing.unpack(tokens.frame, -1)
+            group = None if tokens.group is None else packing.unpack(tokens.group, -1)
+            tokens = Tokens(unit, frame, tokens.units, packing.valid, group)
+        keys = budgets.keys(self.drop, tokens, tokens.group)
+        asking = scoring.queries(self.drop, tokens, labels) if self.asks else None
+        if packing is not None:
+            keys = packing.pack(keys, -1)
+            asking = None if asking is None else packing.pack(asking, 0)
+        return keys, asking
 
     def _refuse(self, tokens: Tokens | None, arguments: dict[str, Any], cache: Any, old: Stages | None) -> None:
         """Raise for passes that would go silently wrong."""
@@ -191,10 +206,8 @@ class DecoderHook:
         sequence = torch.nn.functional.pad(text.diff(dim=-1) != 1, (1, 0)).long().cumsum(-1)
         if not bool(sequence[:, -1].any()):
             return None
-        if self.asks or self.transv is not None or self.drop.budget == "sample":
-            raise ValueError(
-                "expected uni with a budget per item or frame for packed rows, got what looks at whole rows"
-            )
+        if self.transv is not None:
+            raise ValueError("expected padded rows with merge='transv', got rows packed by restarting position_ids")
         if "linear_attention" in self.layers.kinds:
             raise ValueError("expected attention in all layers for packed rows, got recurrent ones")
         return sequence.expand(batch, -1)
@@ -275,8 +288,10 @@ class DecoderHook:
         return torch.stack(left)
 
     def _select(self, run: Run, s: int, before: Step, module: nn.Module, hidden: Tensor, position: Any) -> budgets.Kept:
+        assert before.key is not None
+        if before.sequence is not None and self.drop.stages[s].kind == "attn":
+            return self._select_packed(run, s, before, module, hidden, position)
         with torch.no_grad():
-            assert before.key is not None
             return scoring.select(
                 self.drop,
                 s,
@@ -288,6 +303,29 @@ class DecoderHook:
                 valid=before.valid,
                 asking=before.asking,
             )
+
+    @torch.no_grad()
+    def _select_packed(
+        self, run: Run, s: int, before: Step, module: nn.Module, hidden: Tensor, position: Any
+    ) -> budgets.Kept:
+        """Each packed sequence asks for itself."""
+        assert before.sequence is not None and before.key is not None and before.asking is not None
+        packing = Packing(before.sequence)
+        kept = scoring.select(
+            self.drop,
+            s,
+            packing.unpack(before.key, -1),
+            run.original,
+            layer=module,
+            hidden=packing.unpack(hidden),
+            position_embeddings=packing.unpack_positions(position),
+            valid=packing.valid,
+            asking=packing.unpack(before.asking, 0),
+        )
+        dropped = [0] * run.batch
+        for row, count in zip(packing.row.tolist(), kept.dropped):
+            dropped[row] += count
+        return budgets.Kept(packing.pack(kept.mask, 1), dropped)
 
     def _arguments(self, run: Run, step: Step, index: int, hidden: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a layer behind a drop."""

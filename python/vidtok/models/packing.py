@@ -1,0 +1,58 @@
+"""Rows that hold several sequences, laid out with one sequence per row and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Packing:
+    """Which sequence each column of packed rows belongs to.
+
+    Args:
+        sequence: int64 ``[B, L]``, equal for neighbours of one sequence; −1 for padding.
+    """
+
+    def __init__(self, sequence: Tensor) -> None:
+        self.shape = sequence.shape
+        first = torch.nn.functional.pad(sequence.diff(dim=1) != 0, (1, 0), value=True).reshape(-1)
+        real = (sequence >= 0).reshape(-1)
+        # Sequences are numbered over all rows; stretches of padding get no number.
+        number = ((first & real).cumsum(0) - 1)[real]
+        column = real.nonzero().squeeze(1)
+        count = torch.bincount(number)
+        rank = torch.arange(column.shape[0], device=column.device) - (count.cumsum(0) - count)[number]
+        width = int(count.max()) if count.numel() else 0
+        self.index = torch.full((count.shape[0], width), -1, dtype=torch.int64, device=sequence.device)
+        self.index[number, width - count[number] + rank] = column
+        self.row = torch.zeros_like(count).index_copy_(0, number, column // self.shape[1])
+
+    @property
+    def valid(self) -> Tensor | None:
+        """bool ``[S, L']``, False for padding; None when all sequences are equally long."""
+        valid = self.index >= 0
+        return None if bool(valid.all()) else valid
+
+    def unpack(self, x: Tensor, fill: float | None = None) -> Tensor:
+        """``[B, L, ...]`` to ``[S, L', ...]``; padding holds ``fill``, or anything for None."""
+        out = x.reshape(self.shape[0] * self.shape[1], *x.shape[2:])[self.index.clamp(min=0)]
+        return out if fill is None else out.masked_fill(self.index < 0, fill)
+
+    def unpack_positions(self, position: Any) -> Any:
+        """(cos, sin), each ``[..., B or 1, L, D]``, for the sequences."""
+        if position is None:
+            return None
+        out = []
+        for x in position:
+            wide = x.expand(*x.shape[:-3], self.shape[0], *x.shape[-2:])
+            out.append(wide.flatten(-3, -2)[..., self.index.clamp(min=0), :])
+        return tuple(out)
+
+    def pack(self, y: Tensor, fill: float) -> Tensor:
+        """``[S, L']`` to ``[B, L]``; padding gets ``fill``."""
+        out = y.new_full((self.shape[0] * self.shape[1],), fill)
+        used = self.index >= 0
+        out[self.index[used]] = y[used]
+        return out.view(self.shape)
