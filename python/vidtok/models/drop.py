@@ -101,7 +101,7 @@ class Drop:
                           (compress)                                    each group of stage 1       over rows
             ============  =======================  ==========  =======  ==========================  ==========
         query: the row that asks. ``last``: the last prompt token; with labels, the last one before the
-            last answer, so that training decides as inference does. ``turns``: with labels, the mean
+            last answer, so that training decides as inference does when labels begin where answers do. ``turns``: with labels, the mean
             over the last token of every instruction. ``question``: every prompt token after the last
             visual one.
         norm: whether the layer's input norm comes before its projections.
