@@ -101,9 +101,9 @@ class Drop:
                           (compress)                                    each group of stage 1       over rows
             ============  =======================  ==========  =======  ==========================  ==========
         query: the row that asks. ``last``: the last prompt token; with labels, the last one before the
-            last answer, so that training decides as inference does when labels begin where answers do. ``turns``: with labels, the mean
-            over the last token of every instruction. ``question``: every prompt token after the last
-            visual one.
+            last answer, so that training decides as inference does when labels begin where answers do.
+            ``turns``: with labels, the mean over the last token of every instruction. ``question``: every
+            prompt token after the last visual one.
         norm: whether the layer's input norm comes before its projections.
         rope: whether queries and keys are rotated as the layer does.
         layer: ``own``: scored by layer n, dropped before it; ``previous``: scored by layer n−1 (with norm
