@@ -58,7 +58,7 @@ class Named:
         """Whether the caller named anything."""
         return self.token is not None or bool(self._stack())
 
-    def find(self, module: Any, arguments: dict[str, Any], start: int) -> Visual | None:
+    def find(self, module: Any, arguments: dict[str, Any], start: int, borders: tuple[int, ...] = ()) -> Visual | None:
         """The named tokens among the columns of a pass, which the caller counts from ``start``.
 
         Raises:
@@ -69,7 +69,7 @@ class Named:
         assert given is not None
         batch, length = given.shape[:2]
         if not self._stack():
-            return self._stretches(module, arguments, ids, length)
+            return self._stretches(module, arguments, ids, length, borders)
         spans, counts, rows = self._stack()[-1]
         beams = batch // rows if rows and batch % rows == 0 else 1
         found: list[tuple[int, int, Unit]] = []
@@ -92,11 +92,13 @@ class Named:
         columns = torch.cat([torch.arange(at, at + n, device=given.device) for at, n, _ in found])
         return Visual(columns, [unit for _, _, unit in found], [n for _, n, _ in found])
 
-    def _stretches(self, module: Any, arguments: dict[str, Any], ids: Tensor | None, length: int) -> Visual | None:
+    def _stretches(
+        self, module: Any, arguments: dict[str, Any], ids: Tensor | None, length: int, borders: tuple[int, ...]
+    ) -> Visual | None:
         if ids is None or self.token is None:
             return None
         columns = torch.nonzero((ids == self.token).reshape(-1)).squeeze(1)
-        parts = self._rule(Media(module, "video", columns, length, arguments))
+        parts = self._rule(Media(module, "video", columns, length, arguments, borders=borders))
         if not parts:
             return None
         starts = torch.stack([part[0] for part, _ in parts]).tolist()

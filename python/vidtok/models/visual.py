@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from vidtok import _check, ops
 from vidtok.models import cache as caches
 from vidtok.models import columns, families
+from vidtok.models import packed as packing
 from vidtok.models.cache import State
 from vidtok.models.families import Encoded, Places, Visual
 from vidtok.models.named import Named
+from vidtok.models.packed import Packed
 from vidtok.models.report import Record, Span
 from vidtok.models.tokens import Tokens
 from vidtok.plan import Plan
@@ -44,6 +46,7 @@ class Call:
         self.rotary: Tensor | None = None
         self.tokens: Tokens | None = None
         self.run: Any = None
+        self.packed: Packed | None = None
 
 
 class InputHook:
@@ -94,16 +97,19 @@ class InputHook:
         call.mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
         call.types = arguments.get("token_type_ids", arguments.get("mm_token_type_ids"))
         call.media = families.has_media(arguments)
+        if call.media or self.named.active():
+            call.packed = packing.find(arguments, self.language_model)
+        borders = () if call.packed is None else tuple(call.packed.borders)
         if call.media:
             everything = self.images or self.decoder is not None
-            call.visual = families.find_visual(self.family, module, arguments, everything, call.towers)
+            call.visual = families.find_visual(self.family, module, arguments, everything, call.towers, borders)
         else:
             families.refuse_blind(self.family, module, arguments)
         if self.named.active():
             cache = arguments.get("past_key_values")
             state = caches.state_of(cache)
             start = caches.physical_length(cache) + (0 if state is None else state.dropped)
-            named = self.named.find(module, arguments, start)
+            named = self.named.find(module, arguments, start, borders)
             call.visual, call.media = named or call.visual, call.media or named is not None
         return self._base_mask(arguments) if self.family.base_masks else None
 
@@ -247,7 +253,8 @@ class InputHook:
             return self._continue(call, arguments, embeds, cache, state, record)
         if plan.is_gather and plan.num_out == plan.num_in and self.position == "keep":
             return self._continue(call, arguments, embeds, cache, state, record)
-        _refuse(arguments, call, cache, length, self.family.positions == "mrope")
+        _refuse(arguments, call, length, self.family.positions == "mrope")
+        self._refuse_packed(call.packed, reducible)
         move = Span(device)
         cu = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
         visual = reducible.columns.to(device)
@@ -260,6 +267,7 @@ class InputHook:
         mask = columns.joined(old, valid if rows.padded else None, batch, past, width, cache, device)
         changed = self._carry(arguments, rows, batch, length)
         changed["inputs_embeds"] = ops.plan_apply(rows, embeds)
+        packed = call.packed = None if call.packed is None else call.packed.after(rows)
         # Always explicit: without a mask, gaps in positions would be read as borders between packed rows.
         full = torch.ones(batch, past + width, dtype=torch.long, device=device)
         remade = self.family.masks is not None
@@ -268,6 +276,10 @@ class InputHook:
         else:
             changed["attention_mask"] = full if mask is None else mask.long()
         number = columns.consecutive(mask, batch, past, width, device)
+        if packed is not None:
+            number = packed.number()
+            changed |= packed.lengths(changed)
+            changed["attention_mask"] = None
         self._place(call, changed, rows, number, past + dropped, length)
         if remade:
             types = call.types
@@ -283,7 +295,9 @@ class InputHook:
         if "cache_position" in changed:
             changed["cache_position"] = torch.arange(past, past + width, device=device)
         if call.labels is not None:
-            _shorten(call.labels, rows, valid)
+            columns.shorten(call.labels, rows, valid)
+            if packed is not None:
+                packed.part(call.labels)
         last = int((visual % length).max())
         call.state = State(
             self,
@@ -385,6 +399,15 @@ class InputHook:
         if found:
             _check.fail(f"rows of one length for layers of type {found[0]}, which count padding as tokens", "padding")
 
+    def _refuse_packed(self, packed: Packed | None, visual: Visual) -> None:
+        """Raise for packed samples that this model does not keep apart."""
+        if packed is None:
+            return
+        packed.check()
+        packed.check_units(visual.columns, visual.sizes)
+        if self.family.unpacked:
+            raise ValueError(packing.refuse(self.family.name, self.family.unpacked))
+
     def _reducible(self, visual: Visual | None) -> Visual | None:
         """The units that the method acts on: images only when it asks for them."""
         if visual is None or self.method is None:
@@ -455,42 +478,23 @@ class InputHook:
         changed["visual_pos_masks"] = kept[..., None] if given.dim() == 3 else kept
 
 
-def _shorten(labels: Tensor, rows: Plan, valid: Tensor) -> None:
-    """Give the labels of a call, in place, the tokens of the reduced rows."""
-    (short,) = ops.position_remap(rows, labels.to(valid.device), dim=-1, fill=-100)
-    # A padding column would predict the first real token, and only in rows that have one.
-    first = valid & ~torch.nn.functional.pad(valid[:, :-1], (1, 0))
-    short = short.masked_fill(first, -100)
-    labels.resize_(short.shape).copy_(short)
-
-
 def _refuse_columns(call: Call) -> None:
     if isinstance(call.logits_to_keep, Tensor):
         _check.fail("logits_to_keep as a number, because tokens are dropped", "a tensor")
 
 
-def _refuse(arguments: dict[str, Any], call: Call, cache: Any, length: int, mrope: bool) -> None:
+def _refuse(arguments: dict[str, Any], call: Call, length: int, mrope: bool) -> None:
     """Raise for calls in which dropping tokens would silently change something else."""
     _refuse_columns(call)
-    if any(arguments.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k")):
-        raise ValueError("expected padded rows, got rows packed by cu_seq_lens, which cannot be reduced")
     position = arguments.get("position_ids")
     _refuse_length(position, length)
     if not mrope:
-        _refuse_packed(position, cache, arguments.get("attention_mask"))
         return
     if position is None or position.dim() == 2 or _is_text(position, call.visual):
         raise ValueError(
             "expected M-RoPE positions for the visual tokens, got 1-D text positions; "
             "pass the processor's mm_token_type_ids, or position_ids of shape [3, B, L]"
         )
-    _refuse_packed(position[0] if position.shape[0] == 4 else None, cache, arguments.get("attention_mask"))
-
-
-def _refuse_packed(position: Tensor | None, cache: Any, mask: Any) -> None:
-    """Raise for text positions that tell packed rows apart, as mask functions read them."""
-    if cache is None and mask is None and position is not None and bool((position.diff(dim=-1) < 0).any()):
-        raise ValueError("expected padded rows, got rows packed by restarting position_ids, which cannot be reduced")
 
 
 def _is_text(position: Tensor, visual: Visual | None) -> bool:

@@ -28,6 +28,7 @@ class Media:
             ``pooler_output``; None when pixels come with the call.
         calls: inputs of the vision tower calls that made ``encoded``: tensors of integers as they
             are, the shapes of the others; empty when they are not known.
+        borders: columns of a row at which packed samples begin and end; empty for padded rows.
     """
 
     module: Any
@@ -37,6 +38,7 @@ class Media:
     arguments: dict[str, Any]
     encoded: Any = None
     calls: Sequence[dict[str, Any]] = ()
+    borders: tuple[int, ...] = ()
 
     def input(self, name: str) -> Any:
         """An argument of the call, or of the vision tower when features were made before; None without."""
@@ -55,12 +57,18 @@ class Media:
             )
         return [(part, grid) for part, grid in zip(self.columns.split(sizes), grids) if part.numel()]
 
+    def apart(self, a: int, b: int) -> bool:
+        """Whether two columns, ascending, belong to different rows or packed samples."""
+        return a // self.length != b // self.length or any(a < border <= b for border in self.borders)
+
     def runs(self) -> list[Tensor]:
         """Stretches of neighbouring columns of one row."""
         if not self.columns.numel():
             return []
         step = self.columns.diff() != 1
         step |= self.columns[1:] % self.length == 0
+        for border in self.borders:
+            step |= self.columns[1:] == border
         ends = (torch.nonzero(step).squeeze(1) + 1).tolist()
         return list(torch.tensor_split(self.columns, ends))
 
@@ -92,6 +100,7 @@ class Family:
         frames: whether videos come as images, one per frame; images of one frame are images then.
         spans: config attributes with the tokens before and after a video, where videos have the placeholder of images.
         unpadded: types of layers that take padding for tokens, so that reduced rows have to be of one length.
+        unpacked: why samples packed into one row are not kept apart; empty where they are.
         plain: whether it is a language model only, whose visual tokens the caller names.
         since: first version of transformers whose classes of this family are taken.
     """
@@ -113,6 +122,7 @@ class Family:
     frames: bool = False
     spans: tuple[str, ...] = ()
     unpadded: tuple[str, ...] = ()
+    unpacked: str = ""
     plain: bool = False
     since: tuple[int, int] = (4, 57)
     notes: tuple[str, ...] = field(default=())

@@ -81,7 +81,12 @@ def _is(module: Any, ids: Tensor | None, embeds: Tensor | None, token: int) -> T
 
 
 def find_visual(
-    family: Family, module: Any, arguments: dict[str, Any], images: bool, calls: dict[str, list[dict[str, Any]]]
+    family: Family,
+    module: Any,
+    arguments: dict[str, Any],
+    images: bool,
+    calls: dict[str, list[dict[str, Any]]],
+    borders: tuple[int, ...] = (),
 ) -> Visual | None:
     """Visual tokens of a call to the base model, in packed order.
 
@@ -91,6 +96,7 @@ def find_visual(
         arguments: of its forward call, by name.
         images: whether images count too.
         calls: inputs of the vision tower calls made before, by kind.
+        borders: columns at which packed samples begin and end; empty for padded rows.
     """
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     encoded = arguments.get("mm_encoder_outputs") or {}
@@ -109,7 +115,7 @@ def find_visual(
             begun, ended = (_is(module, ids, embeds, getattr(module.config, name)).cumsum(-1) for name in family.spans)
             place &= (begun > ended) == (kind == "video")
         columns = torch.nonzero(place.reshape(-1)).squeeze(1)
-        media = Media(module, kind, columns, length, arguments, encoded.get(kind), calls.get(kind, ()))
+        media = Media(module, kind, columns, length, arguments, encoded.get(kind), calls.get(kind, ()), borders)
         parts = [(part, grid) for part, grid in family.units(media) if part.numel()]
         kinds = ["video" if family.frames and grid[0] > 1 else kind for _, grid in parts]
         starts = torch.stack([part[0] for part, _ in parts]).tolist() if parts else []

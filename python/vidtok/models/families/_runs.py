@@ -81,7 +81,7 @@ def frame_units(gap: int = 10, numbered: bool = True) -> Rule:
         for k, run in enumerate(runs):
             group = groups[-1] if groups else []
             joined = bool(group) and (
-                ends[k][0] // media.length == ends[k - 1][0] // media.length
+                not media.apart(ends[k - 1][0], ends[k][0])
                 and ends[k][0] - ends[k - 1][1] - 1 <= gap
                 and run.numel() == runs[k - 1].numel()
             )
