@@ -19,7 +19,11 @@ FAMILIES = (
     _family("glm4v_moe", "Glm4vMoe"),
     _family("glm46v", "Glm46V"),
     _family("glm_ocr", "GlmOcr"),
-    replace(_family("glm5_next", "Glm5Next", "none"), spans=("video_start_token_id", "video_end_token_id")),
+    replace(
+        _family("glm5_next", "Glm5Next", "none"),
+        spans=("video_start_token_id", "video_end_token_id"),
+        since=(5, 23),
+    ),
     Family(
         "ernie4_5_vl_moe",
         "Ernie4_5_VLMoeModel",

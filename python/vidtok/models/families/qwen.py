@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vidtok.models.families._base import Family, grid_units
 
 
@@ -16,7 +18,7 @@ FAMILIES = (
     _family("qwen3_vl_moe", "Qwen3VLMoe"),
     _family("qwen3_5", "Qwen3_5"),
     _family("qwen3_5_moe", "Qwen3_5Moe"),
-    _family("qwen4_exp", "Qwen4Exp"),
+    replace(_family("qwen4_exp", "Qwen4Exp"), since=(5, 23)),
     _family("qwen2_5_omni", "Qwen2_5OmniThinker", "model"),
     _family("qwen3_omni_moe", "Qwen3OmniMoeThinker", "model"),
     _family("cohere_compass", "CohereCompass"),
