@@ -64,6 +64,10 @@ REFUSED = (
     ("generate() on a later turn with a new video", "4.57", "the unreduced model drops its pixels"),
     ("a decoding loop of one's own without cache_position", "4.57", "the unreduced model restarts positions at 0"),
     ("pickling a cache that holds a reduced prompt", "all", "only an attached model can continue it"),
+    ("static caches with drops inside the decoder", "4.57", "all layers of a static cache share one length there"),
+    ("static and quantised caches with compress=True", "all", "their layers cannot be shortened after they are filled"),
+    ("tuples and EncoderDecoderCache as past_key_values", "all", "they are not the cache of a decoder"),
+    ("forwards replaced from outside of transformers", "all", "what hooks rely on is known of tested forwards only"),
 )
 
 
