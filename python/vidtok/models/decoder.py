@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from vidtok import _check, ops
 from vidtok.models import budgets, columns, compress, layers, masks, scoring
 from vidtok.models import cache as caches
+from vidtok.models import packed as packing
 from vidtok.models.cache import Stages, State
 from vidtok.models.drop import Drop
-from vidtok.models.packing import Packing
+from vidtok.models.packed import Packed
 from vidtok.models.report import Span, Stage
 from vidtok.models.run import Run, Step
 from vidtok.models.tokens import Tokens
+from vidtok.models.unpacked import Unpacked
 from vidtok.plan import Plan
 
 RUN = "vidtok_run"
@@ -106,7 +108,7 @@ class DecoderHook:
             self._read_masks(run, given, embeds, tokens)
         run.old = columns.past_columns(before, given, embeds.shape[1], run.past, embeds.device)
         text = None if self.transv is None or tokens is None else self.transv.text(tokens, labels)
-        packed = None if tokens is None or cache is not None else self._packed(arguments, run.batch)
+        packed = None if tokens is None or cache is not None else self._packed(arguments)
         keys, asking = self._budgets(tokens, labels, packed)
         run.enter(keys, asking, text, packed)
         position = arguments.get("position_ids")
@@ -132,6 +134,8 @@ class DecoderHook:
         last = run.last()
         if run.labels is not None and last.total is not None:
             columns.shorten(run.labels, last.total, last.valid)
+            if last.packed is not None:
+                last.packed.part(run.labels)
         if cache is not None and run.steps and self.drop.compress:
             compress.check(cache)
             compress.compress(cache, run)
@@ -151,22 +155,22 @@ class DecoderHook:
         return run.records
 
     def _budgets(
-        self, tokens: Tokens | None, labels: Tensor | None, packed: Tensor | None
+        self, tokens: Tokens | None, labels: Tensor | None, packed: Packed | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """The budget of each column, and which columns ask."""
         if tokens is None:
             return None, None
-        packing = None if packed is None else Packing(packed)
-        if packing is not None:
-            labels = None if labels is None else packing.unpack(labels.to(tokens.unit.device), -100)
-            unit, frame = packing.unpack(tokens.unit, -1), packing.unpack(tokens.frame, -1)
-            group = None if tokens.group is None else packing.unpack(tokens.group, -1)
-            tokens = Tokens(unit, frame, tokens.units, packing.valid, group)
+        rows = None if packed is None else Unpacked(packed.sample)
+        if rows is not None:
+            labels = None if labels is None else rows.unpack(labels.to(tokens.unit.device), -100)
+            unit, frame = rows.unpack(tokens.unit, -1), rows.unpack(tokens.frame, -1)
+            group = None if tokens.group is None else rows.unpack(tokens.group, -1)
+            tokens = Tokens(unit, frame, tokens.units, rows.valid, group)
         keys = budgets.keys(self.drop, tokens, tokens.group)
         asking = scoring.queries(self.drop, tokens, labels) if self.asks else None
-        if packing is not None:
-            keys = packing.pack(keys, -1)
-            asking = None if asking is None else packing.pack(asking, 0)
+        if rows is not None:
+            keys = rows.pack(keys, -1)
+            asking = None if asking is None else rows.pack(asking, 0)
         return keys, asking
 
     def _refuse(self, tokens: Tokens | None, arguments: dict[str, Any], cache: Any, old: Stages | None) -> None:
@@ -181,8 +185,6 @@ class DecoderHook:
             return
         if self.drop.compress:
             compress.check(cache)
-        if any(arguments.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k")):
-            raise ValueError("expected padded rows, got rows packed by cu_seq_lens, which cannot be reduced")
         if self.asks and caches.physical_length(cache):
             raise ValueError(
                 "expected visual tokens in the first turn for attn, got a cache that is filled: "
@@ -195,22 +197,17 @@ class DecoderHook:
                 f"layer {min(self.entries)}",
             )
 
-    def _packed(self, arguments: dict[str, Any], batch: int) -> Tensor | None:
-        """int64 ``[B, L]``: the sequence of each column, by the rule of transformers; None for one per row."""
-        position = arguments.get("position_ids")
-        if arguments.get("attention_mask") is not None or not isinstance(position, Tensor):
+    def _packed(self, arguments: dict[str, Any]) -> Packed | None:
+        """The samples of a packed row."""
+        packed = packing.find(arguments, self.layers.owner)
+        if packed is None:
             return None
-        if position.dim() == 3 and position.shape[0] != 4:
-            return None
-        text = position[0] if position.dim() == 3 else position
-        sequence = torch.nn.functional.pad(text.diff(dim=-1) != 1, (1, 0)).long().cumsum(-1)
-        if not bool(sequence[:, -1].any()):
-            return None
+        packed.check()
         if self.transv is not None:
-            raise ValueError("expected padded rows with merge='transv', got rows packed by restarting position_ids")
+            raise ValueError("expected padded rows with merge='transv', got packed samples")
         if "linear_attention" in self.layers.kinds:
-            raise ValueError("expected attention in all layers for packed rows, got recurrent ones")
-        return sequence.expand(batch, -1)
+            raise ValueError("expected attention in all layers for packed samples, got recurrent ones")
+        return packed
 
     def _read_masks(self, run: Run, given: Any, embeds: Tensor, tokens: Tokens | None) -> None:
         """Masks of four dimensions say which columns are real, and which see each other both ways."""
@@ -289,7 +286,7 @@ class DecoderHook:
 
     def _select(self, run: Run, s: int, before: Step, module: nn.Module, hidden: Tensor, position: Any) -> budgets.Kept:
         assert before.key is not None
-        if before.sequence is not None and self.drop.stages[s].kind == "attn":
+        if before.packed is not None and self.drop.stages[s].kind == "attn":
             return self._select_packed(run, s, before, module, hidden, position)
         with torch.no_grad():
             return scoring.select(
@@ -308,24 +305,24 @@ class DecoderHook:
     def _select_packed(
         self, run: Run, s: int, before: Step, module: nn.Module, hidden: Tensor, position: Any
     ) -> budgets.Kept:
-        """Each packed sequence asks for itself."""
-        assert before.sequence is not None and before.key is not None and before.asking is not None
-        packing = Packing(before.sequence)
+        """Each packed sample asks for itself."""
+        assert before.packed is not None and before.key is not None and before.asking is not None
+        rows = Unpacked(before.packed.sample)
         kept = scoring.select(
             self.drop,
             s,
-            packing.unpack(before.key, -1),
+            rows.unpack(before.key, -1),
             run.original,
             layer=module,
-            hidden=packing.unpack(hidden),
-            position_embeddings=packing.unpack_positions(position),
-            valid=packing.valid,
-            asking=packing.unpack(before.asking, 0),
+            hidden=rows.unpack(hidden),
+            position_embeddings=rows.unpack_positions(position),
+            valid=rows.valid,
+            asking=rows.unpack(before.asking, 0),
         )
         dropped = [0] * run.batch
-        for row, count in zip(packing.row.tolist(), kept.dropped):
+        for row, count in zip(rows.row.tolist(), kept.dropped):
             dropped[row] += count
-        return budgets.Kept(packing.pack(kept.mask, 1), dropped)
+        return budgets.Kept(rows.pack(kept.mask, 1), dropped)
 
     def _arguments(self, run: Run, step: Step, index: int, hidden: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a layer behind a drop."""
@@ -346,6 +343,8 @@ class DecoderHook:
                 out[name] = self._padded(run, step, value)
             elif name == "position_embeddings" and self._remembers(cache):
                 out[name] = self._remembered(run, step, value)
+            elif name in packing.LENGTHS and step.packed is not None:
+                out[name] = step.packed.length(name, value)
             elif name == "cache_position":
                 out[name] = torch.arange(step.past, step.past + step.width, device=value.device)
             elif name == "position_ids":
@@ -404,9 +403,7 @@ class DecoderHook:
         hidden = layers.streams(self.layers.modules[index], hidden)[0]
         key = (step.stage, "mask", kind, hidden.device, cache is None)
 
-        packed = None if step.sequence is None else step.number(run).to(hidden.device)
-        if packed is not None and cache is not None:
-            raise ValueError("expected use_cache=False with packed rows, got a cache, with which no mask parts them")
+        packed = None if step.packed is None else step.number(run).to(hidden.device)
 
         def make(_: Any) -> Any:
             layer = None if cache is None or index >= len(cache.layers) else cache.layers[index]

@@ -12,6 +12,7 @@ from vidtok import ops
 from vidtok.models import budgets, columns, layers
 from vidtok.models.cache import Stages
 from vidtok.models.drop import Drop
+from vidtok.models.packed import Packed
 from vidtok.models.report import Span, Stage
 from vidtok.models.tokens import Tokens
 from vidtok.plan import Plan
@@ -31,7 +32,7 @@ class Step:
         key: ``[B, width]``, budget of each visual token, −1 for others; None without visual tokens.
         asking: bool ``[B, width]``, the rows whose attention decides; None without ``attn``.
         text: bool ``[B, width]``, the rows that read what is dropped; None without TransV.
-        sequence: int64 ``[B, width]``, number of each column's sequence in packed rows; None for one per row.
+        packed: the samples of a packed row; None for padded rows.
         readers: what left at the drop, and what reads it, bool over the columns of the step before.
     """
 
@@ -47,19 +48,17 @@ class Step:
         key: Tensor | None = None,
         asking: Tensor | None = None,
         text: Tensor | None = None,
-        sequence: Tensor | None = None,
+        packed: Packed | None = None,
     ) -> None:
-        self.text, self.sequence = text, sequence
+        self.text, self.packed = text, packed
         self.readers: tuple[Tensor, Tensor] | None = None
         self.stage, self.width, self.valid, self.past, self.mask = stage, width, valid, past, mask
         self.rows, self.total, self.key, self.asking = rows, total, key, asking
 
     def number(self, run: Run) -> Tensor:
-        """int64 ``[B, width]``: places of the columns in their sequences, counting real tokens only."""
-        if self.sequence is not None:
-            column = torch.arange(self.width, device=run.device).expand(run.batch, -1)
-            first = torch.nn.functional.pad(self.sequence.diff(dim=1) != 0, (1, 0), value=True)
-            return column - torch.where(first, column, 0).cummax(1).values
+        """int64 ``[B, width]``: places of the columns in their rows or samples, counting real tokens only."""
+        if self.packed is not None:
+            return self.packed.number()
         return columns.consecutive(self.mask, run.batch, self.past, self.width, run.device)
 
     def pairs(self, run: Run, kind: str) -> Tensor | None:
@@ -108,12 +107,10 @@ class Run:
         self.floor = 0
 
     def enter(
-        self, key: Tensor | None, asking: Tensor | None, text: Tensor | None = None, sequence: Tensor | None = None
+        self, key: Tensor | None, asking: Tensor | None, text: Tensor | None = None, packed: Packed | None = None
     ) -> None:
         """Begin with the columns that enter the decoder."""
-        self.base = Step(
-            -1, self.length, self.real, self.past, None, key=key, asking=asking, text=text, sequence=sequence
-        )
+        self.base = Step(-1, self.length, self.real, self.past, None, key=key, asking=asking, text=text, packed=packed)
         self.floor = 0 if self.stages is None else self.stages.floor
         if key is None:
             for s in range(len(self.entries)):
@@ -185,7 +182,7 @@ class Run:
         if not any(kept.dropped):
             mask = self._joined(old, before.valid, past, before.width)
             step = Step(
-                stage, before.width, before.valid, past, mask, None, before.total, key, asking, text, before.sequence
+                stage, before.width, before.valid, past, mask, None, before.total, key, asking, text, before.packed
             )
             self.steps[stage] = step
             return step
@@ -207,12 +204,10 @@ class Run:
         if text is not None:
             readers = ~kept.mask, text
             (text,) = ops.position_remap(rows, text, dim=-1, fill=0)
-        sequence = before.sequence
-        if sequence is not None:
-            (sequence,) = ops.position_remap(rows, sequence, dim=-1, fill=-1)
+        packed = None if before.packed is None else before.packed.after(rows)
         total = rows if before.total is None else before.total.compose(rows)
         mask = self._joined(old, valid, past, width)
-        step = Step(stage, width, valid, past, mask, rows, total, key, asking, text, sequence)
+        step = Step(stage, width, valid, past, mask, rows, total, key, asking, text, packed)
         step.readers = readers
         self.steps[stage] = step
         return step

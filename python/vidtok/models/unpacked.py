@@ -1,4 +1,4 @@
-"""Rows that hold several sequences, laid out with one sequence per row and back."""
+"""Packed rows, laid out with one sample per row and back."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import torch
 from torch import Tensor
 
 
-class Packing:
-    """Which sequence each column of packed rows belongs to.
+class Unpacked:
+    """Where the columns of packed rows lie when each sample has a row of its own.
 
     Args:
-        sequence: int64 ``[B, L]``, equal for neighbours of one sequence; −1 for padding.
+        sample: int64 ``[B, L]``, equal for neighbours of one sample; −1 for padding.
     """
 
-    def __init__(self, sequence: Tensor) -> None:
-        self.shape = sequence.shape
-        first = torch.nn.functional.pad(sequence.diff(dim=1) != 0, (1, 0), value=True).reshape(-1)
-        real = (sequence >= 0).reshape(-1)
-        # Sequences are numbered over all rows; stretches of padding get no number.
+    def __init__(self, sample: Tensor) -> None:
+        self.shape = sample.shape
+        first = torch.nn.functional.pad(sample.diff(dim=1) != 0, (1, 0), value=True).reshape(-1)
+        real = (sample >= 0).reshape(-1)
+        # Samples are numbered over all rows; stretches of padding get no number.
         number = ((first & real).cumsum(0) - 1)[real]
         column = real.nonzero().squeeze(1)
         count = torch.bincount(number)
         rank = torch.arange(column.shape[0], device=column.device) - (count.cumsum(0) - count)[number]
         width = int(count.max()) if count.numel() else 0
-        self.index = torch.full((count.shape[0], width), -1, dtype=torch.int64, device=sequence.device)
+        self.index = torch.full((count.shape[0], width), -1, dtype=torch.int64, device=sample.device)
         self.index[number, width - count[number] + rank] = column
         self.row = torch.zeros_like(count).index_copy_(0, number, column // self.shape[1])
 
     @property
     def valid(self) -> Tensor | None:
-        """bool ``[S, L']``, False for padding; None when all sequences are equally long."""
+        """bool ``[S, L']``, False for padding; None when all samples are equally long."""
         valid = self.index >= 0
         return None if bool(valid.all()) else valid
 
@@ -41,7 +41,7 @@ class Packing:
         return out if fill is None else out.masked_fill(self.index < 0, fill)
 
     def unpack_positions(self, position: Any) -> Any:
-        """(cos, sin), each ``[..., B or 1, L, D]``, for the sequences."""
+        """(cos, sin), each ``[..., B or 1, L, D]``, for the samples."""
         if position is None:
             return None
         out = []
