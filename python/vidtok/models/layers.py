@@ -21,6 +21,8 @@ _KINDS = {
     "mamba": "linear_attention",
     "mamba2": "linear_attention",
     "recurrent": "linear_attention",
+    "qwen_sparse_attention": "indexed_attention",
+    "deepseek_sparse_attention": "indexed_attention",
     "conv": "linear_attention",
     "mlp": "none",
     "moe": "none",

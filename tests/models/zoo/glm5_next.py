@@ -4,7 +4,7 @@ from functools import partial
 
 from tests.models.zoo import _common, _grids
 
-NAME, MIN_VERSION, ROWS = "glm5_next", (5, 23), _common.ROWS
+NAME, MIN_VERSION, ROWS = "glm5_next", (5, 17), _common.ROWS
 MIXED = _common.tiny.MIXED
 REFUSED = {"attn": "expected attn at an attention layer"}
 batch, row = partial(_common.grid_batch, **_grids.GLM_BATCH), _common.grid_row
@@ -14,7 +14,7 @@ def make(attention: str = "sdpa", layers: int = 2, seed: int = 0) -> object:
     from transformers import Glm5NextConfig, Glm5NextForConditionalGeneration
 
     text = _common.text_config(
-        layers, layer_types=_grids.hybrid(layers, full="indexed_attention"),
+        layers, layer_types=_grids.hybrid(layers),
         mlp_layer_types=["dense"] + ["sparse"] * (layers - 1), num_key_value_heads=4, moe_intermediate_size=32,
         n_routed_experts=4, num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=32, v_head_dim=16, qk_nope_head_dim=16,
         index_topk=16, index_head_dim=16, index_n_heads=8, index_kpool=4, linear_head_dim=16, linear_num_heads=4,

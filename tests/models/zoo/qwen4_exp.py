@@ -13,7 +13,7 @@ batch, row = partial(_common.grid_batch, stamps=True), _common.grid_row
 def make(attention: str = "sdpa", layers: int = 2, seed: int = 0) -> object:
     from transformers import Qwen4ExpConfig, Qwen4ExpForConditionalGeneration
 
-    kinds = _grids.hybrid(layers, full="indexed_attention")
+    kinds = _grids.hybrid(layers)
     text = _common.text_config(
         layers, head_dim=32, layer_types=kinds, linear_key_head_dim=16, linear_value_head_dim=16,
         linear_num_key_heads=2, linear_num_value_heads=4, moe_intermediate_size=32, shared_expert_intermediate_size=32,

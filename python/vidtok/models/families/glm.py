@@ -22,7 +22,7 @@ FAMILIES = (
     replace(
         _family("glm5_next", "Glm5Next", "none"),
         spans=("video_start_token_id", "video_end_token_id"),
-        since=(5, 23),
+        since=(5, 17),
     ),
     Family(
         "ernie4_5_vl_moe",

@@ -18,6 +18,7 @@ FAMILIES = (
     _family("qwen3_vl_moe", "Qwen3VLMoe"),
     _family("qwen3_5", "Qwen3_5"),
     _family("qwen3_5_moe", "Qwen3_5Moe"),
+    # Before, its eager masks overflow where a row is all padding.
     replace(_family("qwen4_exp", "Qwen4Exp"), since=(5, 23)),
     _family("qwen2_5_omni", "Qwen2_5OmniThinker", "model"),
     _family("qwen3_omni_moe", "Qwen3OmniMoeThinker", "model"),
