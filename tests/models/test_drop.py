@@ -249,3 +249,28 @@ def test_a_batch_without_visual_tokens_keeps_everything():
     chosen = groups(drop, 0, key, originals(key))
     assert (chosen.key, chosen.span) == ([], [])
     assert keep_columns(chosen, key, chosen.columns).mask.all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_every_budget_keeps_its_count_and_text_stays(data):
+    names = st.text(alphabet=".tAaBbC", min_size=12, max_size=12)
+    rows = data.draw(st.lists(names, min_size=1, max_size=3))
+    # A unit lies in one row.
+    rows = ["".join(chr(ord(c) + 5 * i) if c in "AaBbC" else c for c in row) for i, row in enumerate(rows)]
+    tokens = layout(*rows)
+    ratio = data.draw(st.sampled_from(["0.01", "0.3", "0.5", "0.77", "1"]))
+    drop = Drop(
+        f"uni_1_{ratio}",
+        budget=data.draw(st.sampled_from(["item", "frame", "sample", "group"])),
+        rounding=data.draw(st.sampled_from(["int", "int_min1", "round"])),
+    )
+    key = keys(drop, tokens)
+    original = originals(key)
+    result = keep_uniform(groups(drop, 0, key, original), key)
+    assert result.mask[tokens.unit < 0].all()
+    for number, count in original.items():
+        assert int(result.mask[key == number].sum()) == drop.keep(0, count, count)
+    assert result.dropped == (~result.mask).sum(1).tolist()
+    if drop.budget != "sample":
+        assert sum(original.values()) == int((tokens.unit >= 0).sum())
