@@ -380,7 +380,7 @@ def test_lengths_of_samples_follow(language):
             want = model(input_ids=ids, position_ids=restart, labels=labels, use_cache=False)
             calls.clear()
             got = model(input_ids=ids, position_ids=restart, labels=labels, use_cache=False, **lengths)
-    assert len(calls) == 4 and all(sequences == 3 for _, sequences, _ in calls)
+            assert len(calls) == 4 and all(samples == 3 for _, samples, _ in calls)
     torch.testing.assert_close(got.logits, want.logits, **CLOSE)
     torch.testing.assert_close(got.loss, want.loss, **CLOSE)
 
