@@ -46,3 +46,15 @@ def test_the_stand_in_computes_what_the_kernels_do(device):
         real = package.flash_attn_varlen_func(q, k, v, cu_q, cu_q, 11, 11, **options)
         ours = flash.flash_attn_varlen_func(q.cpu(), k.cpu(), v.cpu(), cu_q.cpu(), cu_q.cpu(), 11, 11, **options)
         torch.testing.assert_close(real.cpu(), ours, rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize("hook", list(HOOKS))
+def test_offloaded_caches(device, hook):
+    from transformers import DynamicCache
+
+    model, inputs = tiny.make("qwen2_5_vl").to(device), tiny.batch("qwen2_5_vl", tiny.ROWS)
+    inputs = {k: v.to(device) for k, v in inputs.items()}
+    with vidtok.attach(model, **HOOKS[hook]):
+        right, _ = tiny.generate(model, inputs)
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True), offloading=True)
+        torch.testing.assert_close(tiny.generate(model, inputs, past_key_values=cache)[0], right, rtol=0, atol=1e-4)

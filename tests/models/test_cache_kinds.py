@@ -99,23 +99,16 @@ def test_quantised(hook):
         assert out.past_key_values.physical_lengths[0] < out.past_key_values.logical_length or "decoder" in hook
 
 
-def test_offloaded(hook):
-    """Needs a GPU to offload from; on one it equals the cache that stays."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu tries it where it works")
+def test_offloaded_without_a_gpu(hook):
     from transformers import DynamicCache
 
     model, inputs, right = grown(hook)
-    if not torch.cuda.is_available():
-        with vidtok.attach(model, **hook):
-            plain = tiny.generate(model, inputs)[0]
-            with pytest.raises((RuntimeError, AssertionError, ValueError, NotImplementedError)):
-                tiny.generate(model, inputs, past_key_values=DynamicCache(config=text(model), offloading=True))
-            assert torch.equal(tiny.generate(model, inputs)[0], plain)
-        return
-    model, inputs = model.cuda(), {k: v.cuda() for k, v in inputs.items()}
     with vidtok.attach(model, **hook):
-        right, _ = tiny.generate(model, inputs)
-        cache = DynamicCache(config=text(model), offloading=True)
-        torch.testing.assert_close(tiny.generate(model, inputs, past_key_values=cache)[0], right, **CLOSE)
+        with pytest.raises((RuntimeError, AssertionError)) as error:
+            tiny.generate(model, inputs, past_key_values=DynamicCache(config=text(model), offloading=True))
+        assert "\n" not in str(error.value)
+        assert torch.equal(tiny.generate(model, inputs)[0], right)
 
 
 def test_pairs_of_another_kind_are_refused(hook):

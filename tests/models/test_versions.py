@@ -11,8 +11,10 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
+import vidtok
 from tests.models import tiny
 from vidtok.models import families, versions
 
@@ -145,6 +147,20 @@ def test_replaced_forwards_of_classes_are_refused(models, places, monkeypatch, w
             versions.check(places)
         assert RANGE in str(error.value) and "\n" not in str(error.value)
     versions.check(places)
+
+
+def test_attach_refuses_and_leaves_the_model_alone(models, monkeypatch):
+    model, inputs = models("qwen2_5_vl"), tiny.batch("qwen2_5_vl", tiny.ROWS[:1])
+    right = model(**inputs).logits
+    cls = type(model.model.language_model)
+    monkeypatch.setattr(cls, "forward", replacements(cls.forward)["disguised"])
+    for spec in ({"visual": tiny.drop}, {"decoder": "uni_1_0.5"}):
+        with pytest.raises(ValueError, match=rf"{cls.__name__}.forward replaced"):
+            vidtok.attach(model, **spec)
+    assert torch.equal(model(**inputs).logits, right)
+    monkeypatch.setenv("VIDTOK_UNTESTED_TRANSFORMERS", "1")
+    with pytest.warns(UserWarning, match="replaced"), vidtok.attach(model, visual=tiny.drop):
+        assert model(**inputs).logits.shape[1] < right.shape[1]
 
 
 def test_replaced_masks_are_refused(places, monkeypatch):

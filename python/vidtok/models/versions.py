@@ -156,15 +156,16 @@ def _known(name: str, function: Any) -> str | None:
 
 
 @memo
-def _home() -> str:
-    return str(Path(str(sys.modules["transformers"].__file__)).parent) + os.sep
+def _homes() -> tuple[str, ...]:
+    """Folders of transformers and torch, whose decorators it uses."""
+    return tuple(str(Path(str(sys.modules[name].__file__)).parent) + os.sep for name in ("transformers", "torch"))
 
 
 def _foreign(function: Any) -> bool:
     """Whether a function, or something that it is wrapped in, was not defined by transformers."""
     while function is not None:
         code = getattr(function, "__code__", None)
-        if code is None or not code.co_filename.startswith((_home(), os.path.dirname(nn.__file__)[:-2])):
+        if code is None or not code.co_filename.startswith(_homes()):
             return True
         function = getattr(function, "__wrapped__", None)
     return False
