@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vidtok import ops
+from vidtok.models.layers import Layers
 from vidtok.plan import Plan
 
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k")
@@ -26,18 +27,20 @@ class Packed:
         borders: first column of each sample, and the columns of the row.
         sample: int64 ``[1, L]``, number of each column's sample.
         refusal: what is wrong with them, for :meth:`check`; empty for nothing.
+        counted: whether flash attention is given all it needs to tell samples apart without positions.
     """
 
     borders: list[int]
     sample: Tensor
     refusal: str = ""
+    counted: bool = False
 
     @classmethod
-    def of(cls, borders: Sequence[int], device: torch.device, refusal: str = "") -> Packed:
+    def of(cls, borders: Sequence[int], device: torch.device, refusal: str = "", counted: bool = False) -> Packed:
         """Samples with these borders."""
         sizes = torch.tensor(borders).diff()
         sample = torch.repeat_interleave(torch.arange(sizes.shape[0]), sizes)[None].to(device)
-        return cls(list(borders), sample, refusal)
+        return cls(list(borders), sample, refusal, counted)
 
     def check(self) -> None:
         """Raise for samples that cannot be reduced."""
@@ -51,6 +54,25 @@ class Packed:
             if part.numel() and bool((part != part[0]).any()):
                 raise ValueError("expected visual tokens that end within their packed sample, got some that go on")
 
+    def check_model(self, language_model: Any, base_masks: bool = False, text_positions: bool = True) -> None:
+        """Raise for a model that does not keep samples apart.
+
+        Args:
+            language_model: that runs on them.
+            base_masks: whether the model around it makes the masks.
+            text_positions: whether it gives text positions to flash attention.
+        """
+        name = type(language_model).__name__
+        if base_masks:
+            raise ValueError(f"expected padded rows for {name}, whose masks do not part samples, got packed ones")
+        if "linear_attention" in Layers(language_model).kinds:
+            raise ValueError(f"expected padded rows for {name}, which has recurrent layers, got packed samples")
+        if not (text_positions or self.counted) and _flash(language_model):
+            raise ValueError(
+                f"expected cu_seq_lens and max_length with the flash attention of {name}, which is given no text "
+                "positions, got packed samples without them"
+            )
+
     def number(self) -> Tensor:
         """int64 ``[1, L]``: columns counted from 0 in each sample, as masks and flash attention tell samples apart."""
         start = torch.tensor(self.borders, device=self.sample.device)
@@ -60,7 +82,7 @@ class Packed:
         """The samples of a row that a plan made from this one."""
         (sample,) = ops.position_remap(rows, self.sample.to(rows.device), dim=-1)
         count = torch.bincount(sample[0], minlength=len(self.borders) - 1)
-        return Packed([0, *count.cumsum(0).tolist()], sample, self.refusal)
+        return Packed([0, *count.cumsum(0).tolist()], sample, self.refusal, self.counted)
 
     def lengths(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Those of the arguments that count the tokens of samples, counted again."""
@@ -103,8 +125,7 @@ def find(arguments: dict[str, Any], language_model: Any) -> Packed | None:
     if starts is None and not given:
         return None
     borders, refusal = [0, length], ""
-    config = language_model.config
-    flash = "flash" in str(getattr(config, "_attn_implementation", ""))
+    counted = all(arguments.get(name) is not None for name in LENGTHS)
     if batch != 1:
         refusal = f"expected one row of packed samples, got {batch} rows"
     elif _caches(arguments, language_model):
@@ -116,7 +137,7 @@ def find(arguments: dict[str, Any], language_model: Any) -> Packed | None:
         ascending = borders[:1] == [0] and borders[-1] == length and borders == sorted(borders)
         if not ascending or any(value.tolist() != borders for value in given):
             refusal, borders = f"expected cu_seq_lens from 0 to the {length} tokens of the row, got others", [0, length]
-        elif starts is None and len(borders) > 2 and (not flash or any(arguments.get(n) is None for n in LENGTHS)):
+        elif starts is None and len(borders) > 2 and not (counted and _flash(language_model)):
             refusal = (
                 "expected position_ids that restart at each packed sample, or all of cu_seq_lens and max_length with "
                 "flash attention, got cu_seq_lens that attention does not read"
@@ -125,7 +146,11 @@ def find(arguments: dict[str, Any], language_model: Any) -> Packed | None:
             refusal = "expected position_ids that restart at cu_seq_lens, got others"
     elif starts is not None:
         borders = [*starts.tolist(), length]
-    return Packed.of(borders, device, refusal)
+    return Packed.of(borders, device, refusal, counted)
+
+
+def _flash(language_model: Any) -> bool:
+    return "flash" in str(getattr(language_model.config, "_attn_implementation", ""))
 
 
 def _text(position: Any, batch: int, length: int) -> Tensor | None:
@@ -152,8 +177,3 @@ def _caches(arguments: dict[str, Any], language_model: Any) -> bool:
         use = getattr(language_model.config, "use_cache", False)
     checkpointed = language_model.training and getattr(language_model, "gradient_checkpointing", False)
     return bool(use) and not checkpointed
-
-
-def refuse(name: str, reason: str) -> str:
-    """The message of a family whose samples cannot be packed."""
-    return f"expected padded rows for {name}, {reason}, got packed samples"

@@ -178,8 +178,9 @@ class InputHook:
         else:
             changed = self._continue(call, arguments, embeds, cache, state)
         if self.decoder is not None:
-            if call.tokens is not None:
+            if call.tokens is not None and call.visual is not None:
                 _refuse_columns(call)
+                self._refuse_packed(call.packed, call.visual)
             changed = arguments if changed is None else changed
             changed, call.run = self.decoder.begin(call.tokens, changed, cache, call.state or state, call.labels)
         call.forward = Span(embeds.device)
@@ -405,8 +406,7 @@ class InputHook:
             return
         packed.check()
         packed.check_units(visual.columns, visual.sizes)
-        if self.family.unpacked:
-            raise ValueError(packing.refuse(self.family.name, self.family.unpacked))
+        packed.check_model(self.language_model, self.family.base_masks, self.family.text_positions)
 
     def _reducible(self, visual: Visual | None) -> Visual | None:
         """The units that the method acts on: images only when it asks for them."""

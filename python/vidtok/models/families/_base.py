@@ -100,7 +100,7 @@ class Family:
         frames: whether videos come as images, one per frame; images of one frame are images then.
         spans: config attributes with the tokens before and after a video, where videos have the placeholder of images.
         unpadded: types of layers that take padding for tokens, so that reduced rows have to be of one length.
-        unpacked: why samples packed into one row are not kept apart; empty where they are.
+        text_positions: whether flash attention is given text positions, by which it tells packed samples apart.
         plain: whether it is a language model only, whose visual tokens the caller names.
         since: first version of transformers whose classes of this family are taken.
     """
@@ -122,7 +122,7 @@ class Family:
     frames: bool = False
     spans: tuple[str, ...] = ()
     unpadded: tuple[str, ...] = ()
-    unpacked: str = ""
+    text_positions: bool = True
     plain: bool = False
     since: tuple[int, int] = (4, 57)
     notes: tuple[str, ...] = field(default=())

@@ -16,7 +16,7 @@ def _family(name: str, stem: str, positions: Literal["mrope", "none"] = "mrope")
 
 FAMILIES = (
     _family("glm4v", "Glm4v"),
-    _family("glm4v_moe", "Glm4vMoe"),
+    replace(_family("glm4v_moe", "Glm4vMoe"), text_positions=False),
     _family("glm46v", "Glm46V"),
     _family("glm_ocr", "GlmOcr"),
     replace(
@@ -30,5 +30,6 @@ FAMILIES = (
         ("Ernie4_5_VLMoeForConditionalGeneration",),
         grid_units(temporal="temporal_merge_size"),
         towers=("vision_tower",),
+        text_positions=False,
     ),
 )

@@ -22,7 +22,7 @@ FAMILIES = (
     replace(_family("qwen4_exp", "Qwen4Exp"), since=(5, 23)),
     _family("qwen2_5_omni", "Qwen2_5OmniThinker", "model"),
     _family("qwen3_omni_moe", "Qwen3OmniMoeThinker", "model"),
-    _family("cohere_compass", "CohereCompass"),
+    replace(_family("cohere_compass", "CohereCompass"), text_positions=False),
     _family("cosmos3_edge", "Cosmos3Edge"),
     _family("cosmos3_omni", "Cosmos3Omni"),
 )
