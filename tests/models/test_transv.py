@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.models import tiny
-from tests.models.test_scoring import plain, ragged
+from tests.models.texts import plain, ragged
 from vidtok.models.drop import Drop
 from vidtok.models.transv import TransV
 
