@@ -178,9 +178,8 @@ class InputHook:
         else:
             changed = self._continue(call, arguments, embeds, cache, state)
         if self.decoder is not None:
-            if call.tokens is not None and call.visual is not None:
+            if call.tokens is not None:
                 _refuse_columns(call)
-                self._refuse_packed(call.packed, call.visual)
             changed = arguments if changed is None else changed
             changed, call.run = self.decoder.begin(call.tokens, changed, cache, call.state or state, call.labels)
         call.forward = Span(embeds.device)
@@ -246,6 +245,7 @@ class InputHook:
         record.before(cache, past + dropped)
         if self.decoder is not None and call.visual is not None:
             seen = call.visual
+            self._refuse_packed(call.packed, seen)
             call.tokens = Tokens.of(seen.columns.to(device), seen.units, seen.sizes, (batch, length), real)
         for span in call.encoded:
             record.add("vision", span)
