@@ -430,11 +430,28 @@ def test_wrapped_by_accelerate(models, tmp_path):
     assert later < expected
 
 
-def test_packed_rows_are_refused(models):
-    model, inputs = fresh(models), labelled(ROWS[:1])
-    length = inputs["input_ids"].shape[1]
-    with vidtok.attach(model, visual=tiny.drop), pytest.raises(ValueError, match="packed"):
-        model(**inputs, use_cache=False, cu_seq_lens_q=torch.tensor([0, length], dtype=torch.int32))
+def test_packed_samples_train_as_padded_rows(models):
+    """Samples one behind another in one row, told apart by positions that restart."""
+    model, inputs = fresh(models), labelled(ROWS)
+    parts = [tiny.row(inputs, ROWS, i) for i in range(2)]
+    names = ("input_ids", "mm_token_type_ids", "video_grid_thw", "attention_mask")
+    position = []
+    for part in parts:
+        place, _ = model.model.get_rope_index(**{k: part[k] for k in names if k in part})
+        position.append(torch.cat([torch.arange(place.shape[-1])[None, None], place]))
+    per_token = [k for k in ("input_ids", "mm_token_type_ids", "labels") if k in inputs]
+    packed = {k: torch.cat([part[k] for part in parts], 1) for k in per_token}
+    packed |= {k: inputs[k] for k in ("pixel_values_videos", "video_grid_thw")}
+    packed["position_ids"] = torch.cat(position, -1)
+    for where in ({"visual": tiny.drop}, {"visual": tiny.drop, "decoder": "uni_1_0.5-attn_2_0.25"}):
+        with vidtok.attach(model, **where):
+            loss = model(**inputs, use_cache=False).loss
+            expected = gradients(model, loss)
+            again = model(**packed, use_cache=False).loss
+            got = gradients(model, again)
+        torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-6)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_transv_is_trained_by_the_optimizer_that_it_is_given_to(models, tmp_path):
