@@ -199,6 +199,21 @@ class TestDecoder:
         assert (got - before).abs().amax((1, 2)).min() > 1e-4 * scale
 
 
+@pytest.mark.skipif(tiny.VERSION < (5, 23), reason="older models mix up the features of beams")
+@pytest.mark.parametrize("name", [n for n in TAKEN if getattr(family(n), "BEAMS", True)])
+def test_beams(name):
+    """Beam search over reduced rows finds what it finds in each row alone."""
+    module, (model, inputs) = family(name), made(name)
+    inside = None if "uni" in getattr(module, "REFUSED", {}) else f"uni_{getattr(module, 'DROP_AT', 1)}_0.5"
+    options = {"num_beams": 2, "max_new_tokens": 3, "return_dict_in_generate": True, "output_scores": True}
+    with attach(model, visual=tiny.drop, decoder=inside):
+        got = model.generate(**inputs, **options)
+        for i in range(len(module.ROWS)):
+            alone = model.generate(**module.row(inputs, module.ROWS, i), **options)
+            assert torch.equal(got.sequences[i, -3:], alone.sequences[0, -3:])
+            assert far(got.sequences_scores[i], alone.sequences_scores[0]) < 1e-5
+
+
 def trained(model, inputs, labels, again=None):
     """Loss and gradients of a step in training mode; ``again`` tells how layers are recomputed."""
     model.train()

@@ -61,6 +61,8 @@ REFUSED = (
         "4.57, 5.17",
         "the unreduced model gives the beams of a row frames of other rows",
     ),
+    ("beam search with GLM videos", "5.23", "the unreduced model loses the features of videos in generate"),
+    ("images beside videos with GLM-4V and GLM-OCR", "all", "the unreduced model raises: both have one placeholder"),
     ("generate() on a later turn with a new video", "4.57", "the unreduced model drops its pixels"),
     ("a decoding loop of one's own without cache_position", "4.57", "the unreduced model restarts positions at 0"),
     ("pickling a cache that holds a reduced prompt", "all", "only an attached model can continue it"),
