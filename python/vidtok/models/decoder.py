@@ -107,9 +107,8 @@ class DecoderHook:
         else:
             self._read_masks(run, given, embeds, tokens)
         run.old = columns.past_columns(before, given, embeds.shape[1], run.past, embeds.device)
-        text = None if self.transv is None or tokens is None else self.transv.text(tokens, labels)
         packed = None if tokens is None or cache is not None else self._packed(arguments)
-        keys, asking = self._budgets(tokens, labels, packed)
+        keys, asking, text = self._budgets(tokens, labels, packed)
         run.enter(keys, asking, text, packed)
         position = arguments.get("position_ids")
         run.mrope = position.dim() == 3 if isinstance(position, Tensor) else self.layers.mrope
@@ -156,10 +155,10 @@ class DecoderHook:
 
     def _budgets(
         self, tokens: Tokens | None, labels: Tensor | None, packed: Packed | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The budget of each column, and which columns ask."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The budget of each column, which columns ask, and which read what leaves."""
         if tokens is None:
-            return None, None
+            return None, None, None
         rows = None if packed is None else Unpacked(packed.sample)
         if rows is not None:
             labels = None if labels is None else rows.unpack(labels.to(tokens.unit.device), -100)
@@ -168,10 +167,12 @@ class DecoderHook:
             tokens = Tokens(unit, frame, tokens.units, rows.valid, group)
         keys = budgets.keys(self.drop, tokens, tokens.group)
         asking = scoring.queries(self.drop, tokens, labels) if self.asks else None
+        text = None if self.transv is None else self.transv.text(tokens, labels)
         if rows is not None:
             keys = rows.pack(keys, -1)
             asking = None if asking is None else rows.pack(asking, 0)
-        return keys, asking
+            text = None if text is None else rows.pack(text, 0)
+        return keys, asking, text
 
     def _refuse(self, tokens: Tokens | None, arguments: dict[str, Any], cache: Any, old: Stages | None) -> None:
         """Raise for passes that would go silently wrong."""
@@ -203,10 +204,7 @@ class DecoderHook:
         if packed is None:
             return None
         packed.check()
-        if self.transv is not None:
-            raise ValueError("expected padded rows with merge='transv', got packed samples")
-        if "linear_attention" in self.layers.kinds:
-            raise ValueError("expected attention in all layers for packed samples, got recurrent ones")
+        packed.check_model(self.layers.owner)
         return packed
 
     def _read_masks(self, run: Run, given: Any, embeds: Tensor, tokens: Tokens | None) -> None:
@@ -277,12 +275,18 @@ class DecoderHook:
         if step.rows is None:
             return hidden
         if step.readers is not None:
-            hidden = self.transv(s, hidden, *(mask.to(hidden.device) for mask in step.readers))
+            hidden = self._pass_on(s, hidden, run.before(s).packed, *(mask.to(hidden.device) for mask in step.readers))
         rows = run.on(step.rows, hidden.device)
         left = [ops.plan_apply(rows, stream) for stream in layers.streams(module, hidden)]
         if len(left) == 1 and not hasattr(module, "altup"):
             return left[0].unflatten(2, hidden.shape[2:])
         return torch.stack(left)
+
+    def _pass_on(self, s: int, hidden: Tensor, packed: Packed | None, dropped: Tensor, text: Tensor) -> Tensor:
+        """What leaves, to the text of its own row or packed sample."""
+        if packed is None:
+            return self.transv(s, hidden, dropped, text)  # type: ignore[no-any-return]
+        return torch.cat([self.transv(s, hidden[:, i], dropped[:, i], text[:, i]) for i in packed.parts()], 1)
 
     def _select(self, run: Run, s: int, before: Step, module: nn.Module, hidden: Tensor, position: Any) -> budgets.Kept:
         assert before.key is not None
@@ -305,24 +309,23 @@ class DecoderHook:
     def _select_packed(
         self, run: Run, s: int, before: Step, module: nn.Module, hidden: Tensor, position: Any
     ) -> budgets.Kept:
-        """Each packed sample asks for itself."""
+        """Each packed sample asks for itself: no other is looked at, nor padded to the longest."""
         assert before.packed is not None and before.key is not None and before.asking is not None
-        rows = Unpacked(before.packed.sample)
-        kept = scoring.select(
-            self.drop,
-            s,
-            rows.unpack(before.key, -1),
-            run.original,
-            layer=module,
-            hidden=rows.unpack(hidden),
-            position_embeddings=rows.unpack_positions(position),
-            valid=rows.valid,
-            asking=rows.unpack(before.asking, 0),
-        )
-        dropped = [0] * run.batch
-        for row, count in zip(rows.row.tolist(), kept.dropped):
-            dropped[row] += count
-        return budgets.Kept(rows.pack(kept.mask, 1), dropped)
+        masks_kept, dropped = [], 0
+        for part in before.packed.parts():
+            kept = scoring.select(
+                self.drop,
+                s,
+                before.key[:, part],
+                run.original,
+                layer=module,
+                hidden=hidden[:, part],
+                position_embeddings=scoring.positions_in(position, part),
+                asking=before.asking[:, part],
+            )
+            masks_kept.append(kept.mask)
+            dropped += kept.dropped[0]
+        return budgets.Kept(torch.cat(masks_kept, 1), [dropped])
 
     def _arguments(self, run: Run, step: Step, index: int, hidden: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a layer behind a drop."""

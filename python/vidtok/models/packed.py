@@ -84,6 +84,10 @@ class Packed:
         count = torch.bincount(sample[0], minlength=len(self.borders) - 1)
         return Packed([0, *count.cumsum(0).tolist()], sample, self.refusal, self.counted)
 
+    def parts(self) -> list[slice]:
+        """The columns of each sample that has any."""
+        return [slice(a, b) for a, b in zip(self.borders, self.borders[1:]) if b > a]
+
     def lengths(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Those of the arguments that count the tokens of samples, counted again."""
         return {name: self.length(name, arguments[name]) for name in LENGTHS if arguments.get(name) is not None}

@@ -110,6 +110,11 @@ def positions_of(layer: nn.Module, arguments: dict[str, Any]) -> Any:
     return arguments["position_embeddings_local" if sliding else "position_embeddings_global"]
 
 
+def positions_in(position: Any, part: slice) -> Any:
+    """(cos, sin) of neighbouring columns."""
+    return tuple(x[..., part, :] for x in position) if isinstance(position, (tuple, list)) else position
+
+
 def query_and_key(
     drop: Drop, layer: nn.Module, hidden: Tensor, position_embeddings: Any, columns: Tensor
 ) -> tuple[Tensor, Tensor, float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -39,16 +37,6 @@ class Unpacked:
         """``[B, L, ...]`` to ``[S, L', ...]``; padding holds ``fill``, or anything for None."""
         out = x.reshape(self.shape[0] * self.shape[1], *x.shape[2:])[self.index.clamp(min=0)]
         return out if fill is None else out.masked_fill(self.index < 0, fill)
-
-    def unpack_positions(self, position: Any) -> Any:
-        """(cos, sin), each ``[..., B or 1, L, D]``, for the samples."""
-        if position is None:
-            return None
-        out = []
-        for x in position:
-            wide = x.expand(*x.shape[:-3], self.shape[0], *x.shape[-2:])
-            out.append(wide.flatten(-3, -2)[..., self.index.clamp(min=0), :])
-        return tuple(out)
 
     def pack(self, y: Tensor, fill: float) -> Tensor:
         """``[S, L']`` to ``[B, L]``; padding gets ``fill``."""
