@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -399,6 +400,8 @@ def test_what_attach_refuses_is_refused_when_training_begins(models, tmp_path):
         trainer(model, tmp_path, [TokenReduction(visual="unfirm:ratio=0.5")]).train()
     with vidtok.attach(model, visual=tiny.drop), pytest.raises(ValueError, match="restore"):
         trainer(model, tmp_path, [TokenReduction(visual=tiny.drop)]).train()
+    with pytest.raises(ValueError, match="one process per GPU"):
+        TokenReduction(visual=tiny.drop).on_train_begin(SimpleNamespace(n_gpu=2), None, None, model=model)
     assert hooks(model) == before
 
 

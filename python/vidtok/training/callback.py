@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from vidtok import _check
 from vidtok.models.attach import Handle, attach
 
 COUNTS = ("visual_tokens_in", "visual_tokens_out", "tokens_in", "tokens_out")
@@ -88,6 +89,10 @@ class TokenReduction(TrainerCallback):
     # ------------------------------------------------------------------ events of the Trainer
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Attach to the model that is about to be trained."""
+        if getattr(args, "n_gpu", 1) > 1:
+            _check.fail(
+                "one process per GPU (torchrun or accelerate launch)", f"nn.DataParallel over {args.n_gpu} GPUs"
+            )
         handle = self.attach(model)
         self._counted = dict.fromkeys(COUNTS, 0)
         self._training = _Running.find()
