@@ -225,6 +225,24 @@ def test_an_error_leaves_nothing(models, monkeypatch):
     assert torch.equal(tiny.generate(model, inputs, 2)[0], before)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_pass_leaves_text_alone(models, error):
+    model = models("qwen2_vl")
+    inputs = tiny.batch("qwen2_vl", tiny.ROWS)
+    text = {"input_ids": inputs["input_ids"].clamp(max=200)}
+    before = model(**text).logits
+
+    def stop(*_):
+        raise error("stop")
+
+    with vidtok.attach(model, decoder=SPECS["qwen2_vl"]):
+        hook = model.model.language_model.layers[2].register_forward_pre_hook(stop)
+        with pytest.raises(error, match="stop"):
+            model(**inputs)
+        hook.remove()
+        assert torch.equal(model(**text).logits, before)
+
+
 # ---------------------------------------------------------------------- refusals
 def test_drops_among_the_layers_of_deepstack_are_refused(models):
     model = models("qwen3_vl")

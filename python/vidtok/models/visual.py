@@ -159,6 +159,9 @@ class InputHook:
     # ------------------------------------------------------------------ the language model
     def language_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Reduce a prefill, or make a later pass fit the reduced cache."""
+        if self.decoder is not None:
+            # No hook runs at the end of a pass that KeyboardInterrupt ends.
+            self.decoder.forget()
         call = self._call()
         arguments = families.named_arguments(module, args, kwargs)
         cache = arguments.get("past_key_values")
