@@ -102,11 +102,11 @@ class DecoderHook:
         embeds = arguments["inputs_embeds"]
         run = Run(self.drop, tokens, old, embeds, caches.physical_length(cache), cache, labels)
         given = arguments.get("attention_mask")
+        run.old = columns.past_columns(before, given, embeds.shape[1], run.past, embeds.device)
         if isinstance(given, Tensor) and given.dim() == 2:
             run.real = columns.new_columns(given, run.batch, run.length, run.past, cache, embeds.device)
         else:
             self._read_masks(run, given, embeds, tokens)
-        run.old = columns.past_columns(before, given, embeds.shape[1], run.past, embeds.device)
         packed = None if tokens is None or cache is not None else self._packed(arguments)
         keys, asking, text = self._budgets(tokens, labels, packed)
         run.enter(keys, asking, text, packed)
@@ -212,23 +212,33 @@ class DecoderHook:
         run.real = None if tokens is None else tokens.valid
         if given is None:
             return
-        length = embeds.shape[1]
-        if caches.is_static(run.cache):
-            if tokens is None:
-                run.real = columns.new_columns(given, run.batch, run.length, run.past, run.cache, embeds.device)
+        static, length = caches.is_static(run.cache), run.length
+        if tokens is None:
+            if static:
+                run.real = columns.new_columns(given, run.batch, length, run.past, run.cache, embeds.device)
+                return
+            for mask in given.values() if isinstance(given, dict) else (given,):
+                if isinstance(mask, Tensor) and mask.dim() == 4:
+                    new = masks.allowed(mask)[:, 0, -length:, -length:].diagonal(dim1=1, dim2=2)
+                    run.real = None if bool(new.all()) else new
             return
-        made = given if isinstance(given, dict) else {"full_attention": given}
+        made = given if isinstance(given, dict) else dict.fromkeys(set(self.layers.kinds), given)
+        real = columns.joined(run.old, run.real, run.batch, run.past, length, run.cache, embeds.device)
         for kind, mask in made.items():
-            if not (isinstance(mask, Tensor) and mask.dim() == 4):
+            if kind not in layers.ATTENTION or not (isinstance(mask, Tensor) and mask.dim() == 4):
                 continue
-            if tokens is None:
-                new = masks.allowed(mask)[:, 0, -length:, -length:].diagonal(dim1=1, dim2=2)
-                run.real = None if bool(new.all()) else new
-            pairs = masks.blocks(mask, length) if length > 1 else None
+            first = masks.first_new(kind, run.past, mask.shape[-1], length, static)
+            pairs = masks.blocks(mask, length, first)
             if pairs is not None:
                 run.blocks[kind] = pairs
-        if not isinstance(given, dict):
-            run.same_blocks = True
+            if kind in self.layers.kinds:
+                index = self.layers.kinds.index(kind)
+                layer = None if run.cache is None or index >= len(run.cache.layers) else run.cache.layers[index]
+                known = masks.build(self.layers.config, kind, embeds, real, run.past, layer)
+                if not masks.same(masks.with_blocks(known, pairs, embeds, run.past, first), mask, run.real):
+                    _check.fail(
+                        "masks that are causal but for tokens that see each other both ways", f"others for {kind}"
+                    )
 
     # ------------------------------------------------------------------ a layer
     def layer_pre(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -413,7 +423,10 @@ class DecoderHook:
             mask = None if step.mask is None or packed is not None else step.mask.to(hidden.device)
             made = masks.build(self.layers.config, kind, hidden, mask, step.past, layer, packed)
             pairs = step.pairs(run, kind)
-            return made if pairs is None else masks.with_blocks(made, pairs.to(hidden.device), hidden, step.past)
+            if pairs is None:
+                return made
+            first = step.past if caches.is_static(cache) else None
+            return masks.with_blocks(made, pairs.to(hidden.device), hidden, step.past, first)
 
         return run.once(key, None, make)
 

@@ -95,13 +95,33 @@ def allowed(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def blocks(mask: Tensor, length: int) -> Tensor | None:
+def same(made: Tensor, given: Tensor, real: Tensor | None) -> bool:
+    """Whether two 4-D masks let the same attention through, in the rows of real tokens (bool ``[B, L]``)."""
+    if made.shape[-2:] != given.shape[-2:]:
+        return False
+    differs = (allowed(made) != allowed(given)).any(-1).any(1)
+    return not bool((differs if real is None else differs & real).any())
+
+
+def first_new(kind: str, past: int, width: int, length: int, static: bool) -> int:
+    """Where the keys of a pass of ``length`` tokens begin in a mask over ``width`` keys."""
+    if not static:
+        return width - length
+    if past and kind != "full_attention":
+        raise ValueError(
+            "expected a cache that grows for a later turn with frames that see each other, got a static one"
+        )
+    return past
+
+
+def blocks(mask: Tensor, length: int, first: int) -> Tensor | None:
     """bool ``[B, L, L]``: pairs of the ``length`` new tokens that see each other both ways, as some families' frames.
 
     Args:
-        mask: the 4-D mask that the family made; its last keys are those of the new tokens.
+        mask: the 4-D mask that the family made.
+        first: of :func:`first_new`.
     """
-    new = allowed(mask)[:, 0, -length:, -length:]
+    new = allowed(mask)[:, 0, -length:, first : first + length]
     later = new.triu(1)
     return (later | later.transpose(1, 2)) if bool(later.any()) else None
 
@@ -112,15 +132,23 @@ def by_layer() -> bool:
     return "cache_position" not in _function("full_attention")[1]
 
 
-def with_blocks(mask: Tensor | None, pairs: Tensor, hidden: Tensor, past: int) -> Tensor:
-    """``mask`` with the pairs let through as well."""
+def with_blocks(mask: Tensor | None, pairs: Tensor | None, hidden: Tensor, past: int, first: int | None) -> Tensor:
+    """A mask in full, with the pairs let through as well.
+
+    Args:
+        mask: 4-D; None for a causal one.
+        pairs: of :func:`blocks`.
+        first: of :func:`first_new`; None where it follows from the mask.
+    """
     batch, length = hidden.shape[:2]
     if mask is None:
         row = torch.arange(length, device=hidden.device)[:, None] + past
         mask = (torch.arange(past + length, device=hidden.device) <= row).expand(batch, 1, -1, -1)
+    if pairs is None:
+        return mask
     out = mask.expand(batch, *mask.shape[1:]).clone()
-    first = out.shape[-1] - length
-    new = out[..., first:]
+    first = out.shape[-1] - length if first is None else first
+    new = out[..., first : first + length]
     if out.dtype == torch.bool:
         new |= pairs[:, None]
     else:

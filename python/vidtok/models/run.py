@@ -63,7 +63,7 @@ class Step:
 
     def pairs(self, run: Run, kind: str) -> Tensor | None:
         """bool ``[B, width, width]``: what sees each other both ways."""
-        pairs = run.blocks.get("full_attention" if run.same_blocks else kind)
+        pairs = run.blocks.get(kind)
         if pairs is None or self.total is None:
             return pairs
         index = self.total.anchor.long().view(run.batch, self.width)
@@ -96,7 +96,6 @@ class Run:
         self.real: Tensor | None = None
         self.old: Tensor | None = None
         self.blocks: dict[str, Tensor] = {}
-        self.same_blocks = False
         self.mrope = False
         self.original: dict[int, int] = {}
         self.steps: dict[int, Step] = {}
