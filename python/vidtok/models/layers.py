@@ -39,6 +39,7 @@ PER_TOKEN = frozenset(
         "mm_token_type_ids",
         "input_ids",
         "labels",
+        "seq_idx",
     }
 )
 MASKS = ("attention_mask", "causal_mask")
