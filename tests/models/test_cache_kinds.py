@@ -99,6 +99,21 @@ def test_quantised(hook):
         assert out.past_key_values.physical_lengths[0] < out.past_key_values.logical_length or "decoder" in hook
 
 
+def test_quantised_to_8_bits(hook):
+    """The backend of transformers itself; wrong columns would differ by tens of times as much."""
+    from transformers import QuantizedCache, cache_utils
+
+    if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        return
+    model, inputs, right = grown(hook)
+    with vidtok.attach(model, **hook):
+        cache = QuantizedCache(backend="fp8", config=text(model))
+        got, _ = tiny.generate(model, inputs, 2, past_key_values=cache)
+    plain, _ = tiny.generate(model, inputs, 2)
+    torch.testing.assert_close(got[:, 0], right[:, 0], **CLOSE)
+    assert (got[:, 1] - right[:, 1]).abs().max() < 0.1 < (plain[:, 1] - right[:, 1]).abs().max()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu tries it where it works")
 def test_offloaded_without_a_gpu(hook):
     from transformers import DynamicCache
