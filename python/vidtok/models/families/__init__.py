@@ -48,7 +48,22 @@ CORE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 #: What is refused, and why: (what, transformers versions, reason).
 REFUSED = (
     ("prefill_chunk_size", "all", "a chunk may end inside a video, and no version splits the pixels with it"),
-    ("packed rows (cu_seq_lens, restarting position ids, 4-D masks)", "all", "rows of a batch are told apart by mask"),
+    (
+        "packed rows in a batch of several, with a mask or with a cache",
+        "all",
+        "samples are told apart by position_ids that restart, or cu_seq_lens, in one row without them",
+    ),
+    ("packed rows of models with recurrent layers", "all", "their states run on from sample to sample"),
+    (
+        "packed rows of Gemma 3, Gemma 4 and Molmo 2",
+        "all",
+        "the masks by which their frames see one another both ways do not part samples",
+    ),
+    (
+        "packed rows of Cohere Compass, ERNIE and GLM-4V-MoE with flash attention and without cu_seq_lens",
+        "all",
+        "their layers are given no text positions",
+    ),
     ("logits_to_keep as a tensor", "all", "its indices count tokens that may have been dropped"),
     ("later passes with position_ids of the whole sequence", "all", "the unreduced model takes them for this pass"),
     ("video without M-RoPE positions (no mm_token_type_ids)", "5.x", "the unreduced model silently falls back to 1-D"),
