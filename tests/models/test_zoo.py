@@ -214,6 +214,29 @@ def test_beams(name):
             assert far(got.sequences_scores[i], alone.sequences_scores[0]) < 1e-5
 
 
+@pytest.mark.skipif(tiny.VERSION < (5, 0), reason="older models take no cache of a prompt with pixels")
+@pytest.mark.parametrize("hook", ["uni", "both"])
+@pytest.mark.parametrize("name", TAKEN)
+def test_turns(name, hook):
+    """A second turn on the cache of the first is what the whole conversation gives."""
+    module, (model, inputs) = family(name), made(name)
+    if "uni" in getattr(module, "REFUSED", {}):
+        return
+    one = module.row(inputs, module.ROWS, 1)
+    with attach(
+        model,
+        visual=tiny.drop if hook == "both" else None,
+        decoder=f"uni_{getattr(module, 'DROP_AT', 1)}_0.5",
+    ):
+        _, first = tiny.generate(model, one, 2)
+        more = torch.cat([first.sequences[:, -2:], torch.arange(11, 15)[None]], 1)
+        longer = {k: grow(k, v, more) for k, v in one.items()}
+        text = {k: v for k, v in longer.items() if k in ("input_ids", "attention_mask", "mm_token_type_ids")}
+        got, second = tiny.generate(model, text, 2, past_key_values=first.past_key_values)
+        want = uncached(model, longer, second.sequences[:, -2:])
+        assert far(got, want) < 2e-5 * got.abs().max()
+
+
 def trained(model, inputs, labels, again=None):
     """Loss and gradients of a step in training mode; ``again`` tells how layers are recomputed."""
     model.train()
