@@ -451,3 +451,48 @@ def test_presets(language, preset, position):
         for i, row in enumerate(GIVEN):
             alone = plain.reference(model, handle, row, more[i].tolist())
             torch.testing.assert_close(logits[i], alone, **CLOSE)
+
+
+def test_compiled_models_drop_too(language):
+    model = language("qwen2")
+    ids = torch.tensor([GIVEN[0]])
+    with vidtok.attach(model, decoder="uni_1_0.5-attn_3_0.25") as handle, handle.tokens(plain.visual(ids)):
+        want = model(input_ids=ids, use_cache=False).logits
+        got = torch.compile(model, backend="eager")(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(got, want, **CLOSE)
+    torch.compiler.reset()
+
+
+def test_right_padding_with_a_cache(language):
+    """Layers before a drop keep the layout that they were given, those behind it are padded at the left."""
+    model = language("qwen2")
+    inputs = plain.batch(GIVEN, "right")
+    mask = inputs["attention_mask"]
+    more = torch.tensor([[7, 8], [9, 10], [11, 12]])
+    with vidtok.attach(model, decoder="uni_1_0.5-uni_3_0.25") as handle:
+        with handle.tokens(plain.visual(inputs["input_ids"])):
+            out = model(**inputs, **plain.positions(model, mask), use_cache=True)
+        logits = [out.logits[:, -1]]
+        for i in range(2):
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            number = mask.sum(1, keepdim=True) - 1
+            given = {"input_ids": more[:, i : i + 1], "attention_mask": mask, "position_ids": number}
+            logits.append(model(**given, past_key_values=out.past_key_values).logits[:, -1])
+        for i, row in enumerate(GIVEN):
+            alone = plain.reference(model, handle, row, more[i].tolist())
+            torch.testing.assert_close(torch.stack(logits, 1)[i], alone, **CLOSE)
+
+
+@pytest.mark.skipif(tiny.VERSION < (5, 17), reason="no such model there")
+def test_recurrent_layers_go_on_in_a_second_turn(language):
+    model = language("nemotron_h")
+    parts = [plain.rows([[16]], 3)[0], [9, 60, 33], plain.rows([[16]], 4)[0]]
+    whole = torch.tensor([[token for part in parts for token in part]])
+    attached = vidtok.attach(model, decoder="uni_1_0.5-uni_3_0.25")
+    with attached as handle, handle.tokens(plain.visual(whole)):
+        want = model(input_ids=whole, use_cache=False).logits[0]
+        cache = None
+        for part in parts:
+            out = model(input_ids=torch.tensor([part]), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+    torch.testing.assert_close(out.logits[0, -3:], want[-3:], **CLOSE)
