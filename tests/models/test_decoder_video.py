@@ -10,6 +10,7 @@ import torch
 
 import vidtok
 from tests.models import flash, tiny
+from vidtok.models import visual
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 SPECS = dict.fromkeys(tiny.KINDS, "uni_1_0.5-attn_2_0.3") | {"qwen3_vl": "attn_2_0.5"}
@@ -105,6 +106,29 @@ def test_prompt_lookup_and_assisted_decoding(models, kind):
     with vidtok.attach(model, decoder="uni_2_0.3"):
         plain = model.generate(**inputs, **options)
         assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=3), plain)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_candidates_do_not_ask(models, kind, monkeypatch):
+    """The first pass of assisted decoding holds candidates behind the prompt, whose last token asks nevertheless."""
+    model = models(kind)
+    inputs = tiny.batch(kind, tiny.ROWS[:1])
+    draft = tiny.make(kind, layers=1, seed=5)
+    with vidtok.attach(model, decoder="attn_2_0.3"):
+        plain, _ = tiny.generate(model, inputs, 6, eos_token_id=1)
+        got, _ = tiny.generate(model, inputs, 6, eos_token_id=1, assistant_model=draft)
+        torch.testing.assert_close(got, plain, **CLOSE)
+        monkeypatch.setattr(visual, "_candidates", lambda *_: None)
+        got, _ = tiny.generate(model, inputs, 6, eos_token_id=1, assistant_model=draft)
+        assert float((got - plain).abs().max()) > 1e-3
+
+
+def test_candidates_are_refused_with_a_compressed_cache(models):
+    model = models("qwen2_vl")
+    inputs = tiny.batch("qwen2_vl", tiny.ROWS[:1])
+    drop = vidtok.Drop("uni_2_0.3", compress=True)
+    with vidtok.attach(model, decoder=drop), pytest.raises(ValueError, match="candidates of assisted decoding"):
+        tiny.generate(model, inputs, 6, eos_token_id=1, assistant_model=tiny.make("qwen2_vl", layers=1, seed=5))
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])

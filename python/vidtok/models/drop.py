@@ -103,7 +103,7 @@ class Drop:
         query: the row that asks. ``last``: the last prompt token; with labels, the last one before the
             last answer, so that training decides as inference does when labels begin where answers do.
             ``turns``: with labels, the mean over the last token of every instruction. ``question``: every
-            prompt token after the last visual one.
+            prompt token after the last visual one. Candidates of assisted decoding do not ask.
         norm: whether the layer's input norm comes before its projections.
         rope: whether queries and keys are rotated as the layer does.
         layer: ``own``: scored by layer n, dropped before it; ``previous``: scored by layer n−1 (with norm

@@ -184,7 +184,10 @@ class InputHook:
             if call.tokens is not None:
                 _refuse_columns(call)
             changed = arguments if changed is None else changed
-            changed, call.run = self.decoder.begin(call.tokens, changed, cache, call.state or state, call.labels)
+            labels = _candidates(call, changed["inputs_embeds"], cache) if call.labels is None else call.labels
+            if labels is not None and call.labels is None and self.decoder.drop.compress:
+                raise ValueError("expected a prompt alone with compress=True, got candidates of assisted decoding too")
+            changed, call.run = self.decoder.begin(call.tokens, changed, cache, call.state or state, labels)
         call.forward = Span(embeds.device)
         return None if changed is None else ((), changed)
 
@@ -479,6 +482,16 @@ class InputHook:
         ]
         (kept,) = ops.position_remap(rows, visual, dim=-1, fill=0)
         changed["visual_pos_masks"] = kept[..., None] if given.dim() == 3 else kept
+
+
+def _candidates(call: Call, embeds: Tensor, cache: Any) -> Tensor | None:
+    """Labels that tell the prompt from the candidates of assisted decoding, which come in one pass with it."""
+    count = call.logits_to_keep - 1 if cache is not None and isinstance(call.logits_to_keep, int) else 0
+    if call.tokens is None or not 0 < count < embeds.shape[1]:
+        return None
+    labels = torch.full(embeds.shape[:2], -100, device=embeds.device)
+    labels[:, -count:] = 0
+    return labels
 
 
 def _refuse_columns(call: Call) -> None:
