@@ -140,6 +140,12 @@ def test_samples_equal_each_alone(name, attention, form, hook):
 @pytest.mark.parametrize("name", [n for n in TAKEN if n not in CHOSEN])
 def test_every_family(name):
     """Reduced before and inside the decoder, or refused."""
+    if tiny.VERSION[0] == 4 and name in ("glm4v", "glm4v_moe"):
+        # Masks are made of three rows of positions there; the unreduced model takes no row of the text's.
+        for hook in (None, "visual"):
+            with pytest.raises(RuntimeError, match="expand"):
+                compare(name, "sdpa", hook)
+        return
     hook = "both" if "attn" not in getattr(family(name), "REFUSED", {}) else "visual"
     if name not in REFUSED:
         difference, loss, changed = compare(name, "sdpa", hook)
