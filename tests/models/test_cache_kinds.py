@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -198,3 +199,29 @@ def test_after_the_attachment_is_gone(models):
         model(input_ids=TEXT, past_key_values=cache)
     cache.reset()  # older versions keep the columns and fill them with zeros
     assert cache.logical_length == cache.physical_lengths[0]
+
+
+def test_subclasses_copies_and_pickles(models):
+    model, inputs = models("qwen2_5_vl"), tiny.batch("qwen2_5_vl", tiny.ROWS[:1])
+    mine = type("Mine", (vidtok.LogicalCache,), {})(config=text(model))
+    with vidtok.attach(model, visual="uniform:ratio=0.5"):
+        right = turns(model, vidtok.LogicalCache(config=text(model)), inputs)
+        tiny.generate(model, inputs, 3, past_key_values=mine)
+        copied = copy.deepcopy(mine)
+        assert type(copied) is type(mine) and copied.physical_lengths == mine.physical_lengths
+        copied.crop(inputs["input_ids"].shape[1])
+        assert copied.logical_length == inputs["input_ids"].shape[1] < mine.logical_length
+        torch.testing.assert_close(turns(model, type(mine)(config=text(model)), inputs), right, **CLOSE)
+        with pytest.raises(ValueError, match="unreduced prompt"):
+            pickle.dumps(continued(model, inputs))
+    plain = vidtok.LogicalCache(config=text(model))
+    tiny.generate(model, inputs, 3, past_key_values=plain)
+    again = pickle.loads(pickle.dumps(plain))
+    assert type(again) is vidtok.LogicalCache and again.logical_length == plain.logical_length
+
+
+def continued(model, inputs):
+    """A public cache that holds a reduced prompt."""
+    cache = vidtok.LogicalCache(config=text(model))
+    tiny.generate(model, inputs, 2, past_key_values=cache)
+    return cache

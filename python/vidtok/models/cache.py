@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vidtok.models.report import Record
 
 _STATE = "_vidtok"
+#: On classes that stand in for the class of a cache, which pickle cannot find by name.
+_LENT = "_vidtok_lent"
 
 
 class Stages:
@@ -271,18 +273,20 @@ class TwoLengths:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         cls = type(self)
-        public = cls.__dict__.get("public", False)
-        return _rebuild, (cls.__mro__[2], public), dict(self.__dict__)
+        if _LENT in vars(cls):
+            return _rebuild, (cls.__mro__[2],), dict(self.__dict__)
+        return super().__reduce_ex__(protocol)
 
 
-def _rebuild(base: Any, public: bool = False) -> Any:
-    cls: Any = logical_cache() if public else _two_lengths(base)
+def _rebuild(base: Any) -> Any:
+    cls: Any = _two_lengths(base)
     return cls.__new__(cls)
 
 
 @memo
 def _two_lengths(base: Any) -> Any:
-    return type(base.__name__, (TwoLengths, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    body = {"__module__": base.__module__, "__doc__": base.__doc__, _LENT: True}
+    return type(base.__name__, (TwoLengths, base), body)
 
 
 @memo
@@ -302,7 +306,7 @@ def logical_cache() -> Any:
         ...     model.generate(**second_turn, past_key_values=cache)
         ...     print(cache.logical_length, cache.physical_lengths)
     """
-    return type("LogicalCache", (TwoLengths, DynamicCache), {"__module__": __name__, "__doc__": doc, "public": True})
+    return type("LogicalCache", (TwoLengths, DynamicCache), {"__module__": __name__, "__doc__": doc})
 
 
 def __getattr__(name: str) -> Any:
