@@ -9,7 +9,7 @@ import torch
 
 import vidtok
 from tests.models import flash, plain, tiny
-from vidtok.models import decoder, layers
+from vidtok.models import following, layers
 from vidtok.models.run import Step
 from vidtok.models.unpacked import Unpacked
 
@@ -113,8 +113,8 @@ def test_rebuilt_arguments_are_those_of_the_model(language, kind, attention, mon
     number = plain.positions(model, inputs["attention_mask"])
     before = model(**inputs, **number).logits
     built = []
-    mask = decoder.DecoderHook._mask
-    monkeypatch.setattr(decoder.DecoderHook, "_mask", lambda self, *a: built.append(mask(self, *a)) or built[-1])
+    mask = following.Following._mask
+    monkeypatch.setattr(following.Following, "_mask", lambda self, *a: built.append(mask(self, *a)) or built[-1])
     with vidtok.attach(model, decoder="uni_0_1") as handle, handle.tokens(plain.visual(inputs["input_ids"])):
         after = model(**inputs, **number).logits
     assert built
@@ -127,14 +127,14 @@ def test_control_stale_decode_mask(language, monkeypatch):
     model = language("qwen2")
     with vidtok.attach(model, decoder="uni_1_0.5") as handle:
         good, *_ = plain.answer(model, handle, GIVEN)
-        made = decoder.DecoderHook._mask
+        made = following.Following._mask
 
         def stale(self, run, step, *rest):
             if run.tokens is None:
                 step.mask = None
             return made(self, run, step, *rest)
 
-        monkeypatch.setattr(decoder.DecoderHook, "_mask", stale)
+        monkeypatch.setattr(following.Following, "_mask", stale)
         bad, *_ = plain.answer(model, handle, GIVEN)
     torch.testing.assert_close(bad[:, 0], good[:, 0], **CLOSE)
     assert float((bad[:, 1:] - good[:, 1:]).abs().max()) > 1e-3
