@@ -182,6 +182,39 @@ class TestMasks:
             cut = model(**inputs, use_cache=False).logits[:, -1]
         assert (cut - right).abs().max() > 1e-4
 
+    @pytest.mark.parametrize("name", ["gemma3", *LATER[:2]])
+    def test_layers_of_full_attention_see_what_they_saw(self, name, monkeypatch):
+        """Their mask is that of the whole row without what was dropped, both ways where the model has it so."""
+        module = family(name)
+        model, inputs, seen = module.make("eager"), module.batch(module.ROWS[1:2]), []
+
+        def keep(module, args, kwargs):
+            seen.append((kwargs["inputs_embeds"], kwargs["attention_mask"]["full_attention"]))
+
+        def equal():
+            seen.clear()
+            language = model.model.language_model
+            with torch.no_grad():
+                with language.register_forward_pre_hook(keep, with_kwargs=True):
+                    model(**inputs, use_cache=False)
+                with attach(model, visual=tiny.drop), language.register_forward_pre_hook(keep, with_kwargs=True):
+                    model(**inputs, use_cache=False)
+            (whole, before), (left, after) = seen
+            kept, at = [], 0
+            for x in left[0]:  # in order, since text tokens come again
+                at += int((whole[0, at:] == x).all(-1).int().argmax())
+                kept.append(at)
+                at += 1
+            assert len(kept) < whole.shape[1]
+            return torch.equal(before[:, :, kept][..., kept], after)
+
+        assert equal()
+        if name == "gemma4_unified":  # whose own masks are not those that it has made for static caches
+            known = families.FAMILIES["gemma4"]
+            mine = families.FAMILIES[name]
+            monkeypatch.setitem(families.FAMILIES, name, dataclasses.replace(mine, masks=known.masks))
+            assert not equal()
+
     def second_turn(self, name):
         module = family(name)
         samples = [[("video", 2, 56)], [("video", 2, 56)]]
@@ -194,7 +227,7 @@ class TestMasks:
             got = model(**later, past_key_values=held).logits[:, -1]
             return (got - model(**both, use_cache=False).logits[:, -1]).abs().max().item()
 
-    @pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+    @pytest.mark.parametrize("name", ["gemma3", *LATER[:2]])
     def test_second_video(self, name, monkeypatch):
         assert self.second_turn(name) < 2e-5
         known = families.FAMILIES[name]

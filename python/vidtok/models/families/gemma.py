@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidtok.models import cache as caches
 from vidtok.models.families._base import Family, Grid, Media
 from vidtok.models.families._runs import frame_units, square
 
@@ -67,7 +68,9 @@ def _shapes(media: Media, frames: int) -> list[tuple[int, int]]:
     return [(y // pool, x // pool) if n else (0, 0) for (x, y), n in zip(most.tolist(), real.tolist())]
 
 
-def _masks(base: Any, arguments: dict[str, Any], types: Tensor | None, always: bool = False) -> Any:
+def _masks(
+    base: Any, arguments: dict[str, Any], types: Tensor | None, always: bool = False, everywhere: bool = False
+) -> Any:
     """The masks that the base would make for reduced rows.
 
     Args:
@@ -75,6 +78,7 @@ def _masks(base: Any, arguments: dict[str, Any], types: Tensor | None, always: b
         arguments: of the language model, with the 2-D mask of the reduced rows.
         types: ``[B, L']``, kinds of the tokens; None when the call gave none.
         always: whether the tokens of a frame see each other whatever the config says.
+        everywhere: whether they do in layers of full attention too, in masks that ``generate`` has not made.
     """
     source = sys.modules[next(c for c in type(base).__mro__ if c.__module__.startswith("transformers.")).__module__]
     config = base.config.get_text_config()
@@ -83,6 +87,9 @@ def _masks(base: Any, arguments: dict[str, Any], types: Tensor | None, always: b
     given = {"config": config, "inputs_embeds": embeds, **{n: arguments.get(n) for n in names}}
     if types is not None and (always or getattr(config, "use_bidirectional_attention", None) == "vision"):
         blocks = source.get_block_sequence_ids_for_mask(types, device=embeds.device)
+        # What ``generate`` makes for a static cache leaves layers of full attention causal.
+        if everywhere and not caches.is_static(given["past_key_values"]):
+            return source.create_masks_for_generate(block_sequence_ids=blocks, **given)
         return source.create_masks_for_vision_model(block_sequence_ids=blocks, **given)
     return source.create_masks_for_generate(**given)
 
@@ -129,7 +136,7 @@ FAMILIES = (
         towers=("embed_vision",),
         positions="rope",
         base_masks=True,
-        masks=_masks,
+        masks=partial(_masks, everywhere=True),
         since=(5, 23),
     ),
 )
