@@ -28,6 +28,7 @@ def available():
 
 NAMES = available()
 TAKEN = [n for n in NAMES if n in FAMILIES]
+CHUNKS = "prefill_chunk_size|[Cc]hunked prefill|not subscriptable"
 
 
 @lru_cache(maxsize=2)
@@ -235,6 +236,18 @@ def test_turns(name, hook):
         got, second = tiny.generate(model, text, 2, past_key_values=first.past_key_values)
         want = uncached(model, longer, second.sequences[:, -2:])
         assert far(got, want) < 2e-5 * got.abs().max()
+
+
+@pytest.mark.skipif(tiny.VERSION < (5, 23), reason="older models cannot split their features")
+@pytest.mark.parametrize("name", TAKEN)
+def test_chunks_are_refused(name):
+    """A prompt that comes in pieces may not be reduced piece by piece."""
+    module, (model, inputs) = family(name), made(name)
+    one = module.row(inputs, module.ROWS, 1)
+    for options in ({"visual": tiny.drop}, {"decoder": f"uni_{getattr(module, 'DROP_AT', 1)}_0.5"}):
+        # Some models cannot do it themselves.
+        with attach(model, **options), pytest.raises((ValueError, TypeError), match=CHUNKS):
+            tiny.generate(model, one, 1, prefill_chunk_size=16)
 
 
 def trained(model, inputs, labels, again=None):

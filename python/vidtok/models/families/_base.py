@@ -97,6 +97,7 @@ class Family:
         masks: makes them again for reduced rows, from the base, the language model's arguments and the
             kinds of the tokens; without it they are cut out of those that the base made.
         images: whether ``images=true`` may reduce images; their grids are known then.
+        tagged: whether the output of a tower is what ``generate`` hands over, or one built anew from it.
         frames: whether videos come as images, one per frame; images of one frame are images then.
         spans: config attributes with the tokens before and after a video, where videos have the placeholder of images.
         unpadded: types of layers that take padding for tokens, so that reduced rows have to be of one length.
@@ -119,6 +120,7 @@ class Family:
     base_masks: bool = False
     masks: Callable[[Any, dict[str, Any], Tensor | None], Any] | None = None
     images: bool = True
+    tagged: bool = True
     frames: bool = False
     spans: tuple[str, ...] = ()
     unpadded: tuple[str, ...] = ()

@@ -71,6 +71,15 @@ def refuse_blind(family: Family, module: Any, arguments: dict[str, Any]) -> None
         )
 
 
+def _foreign(family: Family, output: Any) -> bool:
+    """Whether features that no hook has seen in the making are not those of whole videos and images.
+
+    A model may build its output anew from what the tower made; of a chunk, it is a list of one part.
+    """
+    parts = getattr(output, "pooler_output", None)
+    return family.tagged or (isinstance(parts, list) and len(parts) == 1)
+
+
 def _is(module: Any, ids: Tensor | None, embeds: Tensor | None, token: int) -> Tensor:
     """bool ``[B, L]``: where a token stands."""
     if ids is not None:
@@ -107,6 +116,11 @@ def find_visual(
             continue
         if encoded.get(kind) is None and arguments.get(pixels) is None:
             continue
+        if encoded.get(kind) is not None and not calls.get(kind) and _foreign(family, encoded[kind]):
+            raise ValueError(
+                "expected visual features as the vision tower made them, got features made before attach or split by "
+                "prefill_chunk_size, which cannot be reduced"
+            )
         token = family.placeholder(module.config, kind)
         if token is None:
             continue

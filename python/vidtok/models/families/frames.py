@@ -124,6 +124,7 @@ FAMILIES = (
         positions="rope",
         base_masks=True,
         images=False,
+        tagged=False,
     ),
     Family(
         "smolvlm",

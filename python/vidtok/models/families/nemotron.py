@@ -15,6 +15,7 @@ FAMILIES = (
         frame_units(),
         towers=("vision_model",),
         positions="none",
+        tagged=False,
         frames=True,
         notes=("videos come as images, one per frame: the unreduced model raises on pixel_values_videos",),
     ),
