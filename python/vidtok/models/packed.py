@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,6 +76,11 @@ class Packed:
 
     def number(self) -> Tensor:
         """int64 ``[1, L]``: columns counted from 0 in each sample, as masks and flash attention tell samples apart."""
+        return self._number
+
+    @cached_property
+    def _number(self) -> Tensor:
+        # Once for all layers: the borders come from the host.
         start = torch.tensor(self.borders, device=self.sample.device)
         return torch.arange(self.sample.shape[1], device=self.sample.device)[None] - start[self.sample]
 
@@ -94,10 +100,18 @@ class Packed:
 
     def length(self, name: str, value: Any) -> Any:
         """One such argument, of the type that ``value`` has."""
-        if name in BORDERS:
-            return torch.tensor(self.borders, dtype=value.dtype, device=value.device)
         longest = max(b - a for a, b in zip(self.borders, self.borders[1:]))
-        return torch.full_like(value, longest) if isinstance(value, Tensor) else longest
+        if not isinstance(value, Tensor):
+            return longest
+        key = (name in BORDERS, value.dtype, value.device)
+        if key not in self._made:
+            given = self.borders if name in BORDERS else longest
+            self._made[key] = torch.tensor(given, dtype=value.dtype, device=value.device)
+        return self._made[key]
+
+    @cached_property
+    def _made(self) -> dict[Any, Tensor]:
+        return {}
 
     def part(self, labels: Tensor) -> None:
         """Take the labels, in place, that the last token of another sample would have to predict."""

@@ -64,6 +64,11 @@ REFUSED = (
         "all",
         "their layers are given no text positions",
     ),
+    (
+        "packed rows by cu_seq_lens with flash attention in Qwen2.5-VL and its like",
+        "5.17",
+        "the unreduced model hands them to its vision tower and raises; position_ids alone are enough",
+    ),
     ("logits_to_keep as a tensor", "all", "its indices count tokens that may have been dropped"),
     ("later passes with position_ids of the whole sequence", "all", "the unreduced model takes them for this pass"),
     ("video without M-RoPE positions (no mm_token_type_ids)", "5.x", "the unreduced model silently falls back to 1-D"),
