@@ -195,7 +195,7 @@ def test_after_the_attachment_is_gone(models):
     cache = vidtok.LogicalCache(config=text(model))
     with vidtok.attach(model, visual="uniform:ratio=0.5"):
         tiny.generate(model, inputs, past_key_values=cache)
-    with pytest.raises(ValueError, match="attach again"):
+    with pytest.raises(ValueError, match="start from an empty cache"):
         model(input_ids=TEXT, past_key_values=cache)
     cache.reset()  # older versions keep the columns and fill them with zeros
     assert cache.logical_length == cache.physical_lengths[0]

@@ -218,7 +218,7 @@ class TwoLengths:
         if touched and (owner is None or not owner.active):
             raise ValueError(
                 "expected a cache that this model filled, got one of a reduced prompt whose attachment was removed; "
-                "attach again before continuing, or start from an empty cache"
+                "start from an empty cache"
             )
         return super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
 
