@@ -61,6 +61,7 @@ FAMILIES = (
         towers=("vision_tower",),
         positions="rope",
         images=False,
+        tagged=False,
     ),
     Family(
         "internvl",
