@@ -496,3 +496,46 @@ def test_recurrent_layers_go_on_in_a_second_turn(language):
             out = model(input_ids=torch.tensor([part]), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
     torch.testing.assert_close(out.logits[0, -3:], want[-3:], **CLOSE)
+
+
+def turns(model, handle, parts):
+    """Logits of the last column after several ragged turns with a cache."""
+    cache, masks = None, []
+    for rows in parts:
+        inputs = plain.batch(rows)
+        width = inputs["input_ids"].shape[1]
+        masks.append(inputs["attention_mask"])
+        mask = torch.cat(masks, 1)
+        number = {name: value[:, -width:] for name, value in plain.positions(model, mask).items()}
+        where = torch.nn.functional.pad(plain.visual(inputs["input_ids"]), (mask.shape[1] - width, 0))
+        with handle.tokens(where):
+            out = model(
+                input_ids=inputs["input_ids"], attention_mask=mask, past_key_values=cache, use_cache=True, **number
+            )
+        cache = out.past_key_values
+    return out.logits[:, -1]
+
+
+@pytest.mark.parametrize("position", ["keep", "renumber"])
+@pytest.mark.parametrize("spec", ["uni_1_0.5-uni_3_0.25", "uni_0_0.5"])
+def test_ragged_turns(language, spec, position):
+    """Text, videos, text and videos again; padding lies in the middle of the rows."""
+    model = language("qwen2")
+    parts = [plain.rows([[], [], []]), GIVEN, plain.rows([[], [], []], 9), plain.rows([[9], [8], [20]], 11)]
+    with vidtok.attach(model, decoder=spec, position=position) as handle:
+        got = turns(model, handle, parts)
+        for i in range(3):
+            torch.testing.assert_close(got[i : i + 1], turns(model, handle, [[p[i]] for p in parts]), **CLOSE)
+
+
+def test_windows_over_new_padding_are_refused(language):
+    """A later turn in which one row loses more than another, though both came equally long."""
+    model = language("mistral")
+    first = [[7, 8, 9, 10], [11, 12, 13, 14]]
+    even = [[20, *range(200, 208), 30, 31], [21, *range(208, 216), 32, 33]]
+    uneven = [even[0], [21, 22, 23, 24, 25, *range(208, 212), 32, 33]]
+    with vidtok.attach(model, decoder="uni_1_0.5") as handle:
+        turns(model, handle, [first, even])
+        with pytest.raises(ValueError, match="expected a later turn whose rows lose as many tokens each"):
+            turns(model, handle, [first, uneven])
+        turns(model, handle, [uneven])

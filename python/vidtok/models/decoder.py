@@ -15,7 +15,7 @@ from vidtok import _check, ops
 from vidtok.models import budgets, columns, compress, layers, masks, scoring
 from vidtok.models import cache as caches
 from vidtok.models import packed as packing
-from vidtok.models.cache import Stages, State
+from vidtok.models.cache import Stages
 from vidtok.models.drop import Drop
 from vidtok.models.following import Following, remembers
 from vidtok.models.packed import Packed
@@ -77,7 +77,6 @@ class DecoderHook:
         tokens: Tokens | None,
         arguments: dict[str, Any],
         cache: Any,
-        state: State | None,
         labels: Tensor | None = None,
     ) -> tuple[dict[str, Any], Run | None]:
         """Before the language model runs on ``inputs_embeds`` and the rest of ``arguments``.
@@ -85,7 +84,6 @@ class DecoderHook:
         Args:
             tokens: the visual tokens among these columns; None when there are none.
             cache: filled by the passes before.
-            state: unused; the drops of the passes before are known to the cache.
             labels: ``[B, L]`` of these columns; shortened in place at the end.
 
         Returns:
@@ -114,6 +112,10 @@ class DecoderHook:
         run.mrope = position.dim() == 3 if isinstance(position, Tensor) else self.layers.mrope
         self._local.run = run
         return ({**arguments, RUN: run} if self.travels else arguments), run
+
+    def _windows(self, index: int) -> bool:
+        """Whether a layer from ``index`` on sees so many columns only."""
+        return any(kind in ("sliding_attention", "chunked_attention") for kind in self.layers.kinds[index:])
 
     def forget(self) -> None:
         """End of a call, also after an exception."""
@@ -281,6 +283,11 @@ class DecoderHook:
                     )
                 kept = self._select(run, s, before, module, hidden, position)
             step = run.leave(s, before, kept)
+            if step.past and step.valid is not None and before.valid is None and self._windows(index):
+                raise ValueError(
+                    "expected a later turn whose rows lose as many tokens each, because windows count padding, "
+                    f"got {kept.dropped}"
+                )
             if step.rows is not None:
                 run.records.append(Stage(self.entries[s], self.drop.stages[s].kind, step.rows, run.tokens_of(before)))
             run.spans.append(span.stop())

@@ -187,7 +187,7 @@ class InputHook:
             labels = _candidates(call, changed["inputs_embeds"], cache) if call.labels is None else call.labels
             if labels is not None and call.labels is None and self.decoder.drop.compress:
                 raise ValueError("expected a prompt alone with compress=True, got candidates of assisted decoding too")
-            changed, call.run = self.decoder.begin(call.tokens, changed, cache, call.state or state, labels)
+            changed, call.run = self.decoder.begin(call.tokens, changed, cache, labels)
         call.forward = Span(embeds.device)
         return None if changed is None else ((), changed)
 
