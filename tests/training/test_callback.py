@@ -402,6 +402,8 @@ def test_what_attach_refuses_is_refused_when_training_begins(models, tmp_path):
         trainer(model, tmp_path, [TokenReduction(visual=tiny.drop)]).train()
     with pytest.raises(ValueError, match="one process per GPU"):
         TokenReduction(visual=tiny.drop).on_train_begin(SimpleNamespace(n_gpu=2), None, None, model=model)
+    with pytest.raises(ValueError, match="expected label_smoothing_factor=0"):
+        trainer(model, tmp_path, [TokenReduction(visual=tiny.drop)], label_smoothing_factor=0.1).train()
     assert hooks(model) == before
 
 

@@ -42,7 +42,7 @@ class TokenReduction(TrainerCallback):
         **options: further arguments of :func:`vidtok.attach`.
 
     Raises:
-        ValueError: at the beginning of training, for what :func:`vidtok.attach` refuses.
+        ValueError: at the beginning of training, for what :func:`vidtok.attach` refuses, and for label smoothing.
 
     Example:
         >>> trainer = Trainer(  # doctest: +SKIP
@@ -92,6 +92,11 @@ class TokenReduction(TrainerCallback):
         if getattr(args, "n_gpu", 1) > 1:
             _check.fail(
                 "one process per GPU (torchrun or accelerate launch)", f"nn.DataParallel over {args.n_gpu} GPUs"
+            )
+        if getattr(args, "label_smoothing_factor", 0):
+            _check.fail(
+                "label_smoothing_factor=0, because smoothing takes labels of the whole rows to logits of reduced ones",
+                str(args.label_smoothing_factor),
             )
         handle = self.attach(model)
         self._counted = dict.fromkeys(COUNTS, 0)
