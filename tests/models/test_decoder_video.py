@@ -108,7 +108,7 @@ def test_prompt_lookup_and_assisted_decoding(models, kind):
         assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=3), plain)
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", [k for k in tiny.KINDS if tiny.VERSION[0] > 4 or k != "qwen2_vl"])
 def test_candidates_do_not_ask(models, kind, monkeypatch):
     """The first pass of assisted decoding holds candidates behind the prompt, whose last token asks nevertheless."""
     model = models(kind)
@@ -124,11 +124,11 @@ def test_candidates_do_not_ask(models, kind, monkeypatch):
 
 
 def test_candidates_are_refused_with_a_compressed_cache(models):
-    model = models("qwen2_vl")
-    inputs = tiny.batch("qwen2_vl", tiny.ROWS[:1])
+    model = models("qwen2_5_vl")
+    inputs = tiny.batch("qwen2_5_vl", tiny.ROWS[:1])
     drop = vidtok.Drop("uni_2_0.3", compress=True)
     with vidtok.attach(model, decoder=drop), pytest.raises(ValueError, match="candidates of assisted decoding"):
-        tiny.generate(model, inputs, 6, eos_token_id=1, assistant_model=tiny.make("qwen2_vl", layers=1, seed=5))
+        tiny.generate(model, inputs, 6, eos_token_id=1, assistant_model=tiny.make("qwen2_5_vl", layers=1, seed=5))
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])

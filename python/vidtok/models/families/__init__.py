@@ -87,6 +87,26 @@ REFUSED = (
     ("a decoding loop of one's own without cache_position", "4.57", "the unreduced model restarts positions at 0"),
     ("pickling a cache that holds a reduced prompt", "all", "only an attached model can continue it"),
     ("static caches with drops inside the decoder", "4.57", "all layers of a static cache share one length there"),
+    (
+        "assisted decoding of Qwen2-VL with attn",
+        "4.57",
+        "its forward is not told how many candidates follow the prompt, so the last of them asks",
+    ),
+    (
+        "new videos in a later turn with attn",
+        "all",
+        "scores would miss the tokens in the cache",
+    ),
+    (
+        "new videos in a later turn that put padding into sliding windows",
+        "all",
+        "windows count columns, and rows would lose different numbers of them",
+    ),
+    (
+        "drops inside the decoder among the layers of deepstack (Qwen3-VL and its like)",
+        "all",
+        "visual features are added to all visual tokens after each of those layers",
+    ),
     ("static and quantised caches with compress=True", "all", "their layers cannot be shortened after they are filled"),
     ("tuples and EncoderDecoderCache as past_key_values", "all", "they are not the cache of a decoder"),
     ("forwards replaced from outside of transformers", "all", "what hooks rely on is known of tested forwards only"),
