@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.models import test_zoo, tiny
-from tests.models.zoo import _common, kimi_k25, llava_next, minimax_m3_vl, molmo2, smolvlm, video_llama_3
+from tests.models.zoo import _common, kimi_k25, llava_next, minimax_m3_vl, molmo2, qwen3_vl_moe, smolvlm, video_llama_3
 from vidtok.models import attach
 
 pytestmark = pytest.mark.skipif(tiny.VERSION < (5, 23), reason="families of transformers 5.23")
@@ -171,3 +171,20 @@ class TestSmolVLM:
         with attach(model, visual=tiny.drop) as handle:
             logits(model, inputs)
             assert [s.grid_thw for s in handle.report().samples] == [(4, 2, 2)]
+
+
+class TestRouters:
+    """The loss that balances experts masks tokens by the mask of the whole rows."""
+
+    @pytest.mark.parametrize(("visual", "decoder"), [("uniform:ratio=0.5", None), (None, "uni_3_0.5")])
+    def test_its_mask_is_refused(self, visual, decoder):
+        model = qwen3_vl_moe.make(layers=4)
+        inputs = qwen3_vl_moe.batch(qwen3_vl_moe.ROWS)
+        one = qwen3_vl_moe.row(inputs, qwen3_vl_moe.ROWS, 0)
+        bare = {name: value for name, value in one.items() if name != "attention_mask"}
+        with attach(model, visual=visual, decoder=decoder), torch.no_grad():
+            with pytest.raises(ValueError, match="expected output_router_logits=False or no attention_mask"):
+                model(**inputs, output_router_logits=True)
+            out = model(**bare, output_router_logits=True, use_cache=False)
+            torch.testing.assert_close(out.logits, logits(model, one))
+            assert torch.isfinite(out.aux_loss)

@@ -33,6 +33,7 @@ class Call:
         self.begun = False
         self.labels: Tensor | None = None
         self.logits_to_keep: Any = 0
+        self.router_loss = False
         self.visual: Visual | None = None
         self.media = False
         self.mask: Tensor | None = None
@@ -74,6 +75,7 @@ class InputHook:
         call = self._calls.call = Call(module)
         arguments = families.named_arguments(module, args, kwargs)
         call.logits_to_keep = arguments.get("logits_to_keep", 0)
+        call.router_loss = arguments.get("attention_mask") is not None and _routes(module, arguments)
         # Read here already: accelerate copies the arguments on their way to the base model.
         call.towers, call.encoded = families.tags(arguments)
         labels = arguments.get("labels")
@@ -497,6 +499,18 @@ def _candidates(call: Call, embeds: Tensor, cache: Any) -> Tensor | None:
 def _refuse_columns(call: Call) -> None:
     if isinstance(call.logits_to_keep, Tensor):
         _check.fail("logits_to_keep as a number, because tokens are dropped", "a tensor")
+    if call.router_loss:
+        raise ValueError(
+            "expected output_router_logits=False or no attention_mask, because the load-balancing loss masks tokens "
+            "that were dropped, got both"
+        )
+
+
+def _routes(module: Any, arguments: dict[str, Any]) -> bool:
+    """Whether a mixture of experts computes the loss of its routers."""
+    asked = arguments.get("output_router_logits")
+    config = module.config.get_text_config()
+    return bool(getattr(config, "output_router_logits", False) if asked is None else asked)
 
 
 def _refuse(arguments: dict[str, Any], call: Call, length: int, mrope: bool) -> None:
