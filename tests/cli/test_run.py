@@ -38,6 +38,17 @@ def test_answer_tokens_times_and_memory(call: Call, checkpoint: Path, clip: Path
     assert "unreduced" not in said.out and "noise" not in said.out
 
 
+def test_stages_inside_the_decoder(call: Call, checkpoint: Path, clip: Path) -> None:
+    said = call(*arguments(checkpoint, clip, "--visual", "uniform:ratio=0.5", "--decoder", "uni_1_0.5"))
+    assert said.code == 0, said.err
+    assert "decoder=uni_1_0.5" in said.out
+    assert re.search(r"from layer 1 on +24 +6", said.out)
+    wrong = call(*arguments(checkpoint, clip, "--decoder", "uni_1"))
+    assert wrong.code != 0 and "uni_1" in wrong.err and "Traceback" not in wrong.err
+    outside = call(*arguments(checkpoint, clip, "--decoder", "uni_99_0.5"))
+    assert outside.code != 0 and "uni_99_0.5" in outside.err and "Traceback" not in outside.err
+
+
 def test_compare_gives_both_and_the_speed_up(call: Call, checkpoint: Path, clip: Path, tmp_path: Path) -> None:
     page = tmp_path / "out.html"
     said = call(*arguments(checkpoint, clip, "--compare", "--repeat", 2, "--report", page, "--visual", "pool:level=2"))

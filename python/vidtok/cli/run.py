@@ -95,7 +95,15 @@ class Outcome:
         saved = self.visual_in - self.visual_out
         table: list[tuple[str, str, float | None, float]] = [
             ("Visual tokens", "tokens", float(self.visual_in), float(self.visual_out)),
+        ]
+        table += [
+            (f"  from layer {layer} on", "tokens", float(self.visual_in), float(plan.num_out))
+            for layer, plan in self.sample.stages
+        ]
+        report = self.reduced.report
+        table += [
             ("Prompt tokens", "tokens", float(self.prompt_tokens), float(self.prompt_tokens - saved)),
+            ("KV cache", "B", float(report.kv_bytes + report.kv_bytes_saved), float(report.kv_bytes)),
             ("Video decode", "s", self.decode_seconds, self.decode_seconds),
         ]
         names = {"vision": "Vision tower", "decide": "Decide", "move": "Move", "prefill": "Prefill"}
