@@ -309,11 +309,13 @@ def test_other_videos_than_announced_are_refused(model, wrapper):
             model.generate(**other, max_new_tokens=2)
         assert stage.current_video_grid_thw is None
         assert torch.equal(model(**other).logits, plain)
-        for bad in (torch.ones(3, dtype=torch.long), torch.ones(1, 3), [[1, 2]], [[-1, 2, 2]]):
+        for bad in (torch.ones(3, dtype=torch.long), torch.ones(1, 3), [[1, 2]], [[-1, 2, 2]], "4x8x8"):
             with pytest.raises(ValueError, match=r"expected video_grid_thw as integers of shape \[V, 3\], got "):
                 stage.set_video_info(video_grid_thw=bad)
         with pytest.raises(ValueError, match="expected 256 patches for these grids, got pixel_values_videos of 9"):
             stage.set_video_info(video_grid_thw=[[4, 8, 8]], pixel_values_videos=torch.zeros(9, 4))
+        with pytest.raises(ValueError, match="got pixel_values_videos of list"):
+            stage.set_video_info(video_grid_thw=[[4, 8, 8]], pixel_values_videos=[9, 4])
         assert stage.current_video_grid_thw is None
 
 

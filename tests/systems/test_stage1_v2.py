@@ -211,7 +211,9 @@ def test_bad_input(checkpoint, tmp_path):
     model = Qwen25VLPruneVid(checkpoint, max_frames=4)
     for path, question, message in (
         ([], "What?", "expected a video_path, got none"),
+        (None, "What?", "expected a video_path, or a sequence of them, got NoneType"),
         (VIDEO, " ", "expected a question, got an empty one"),
+        (VIDEO, 5, "expected a question as text, got int"),
         (VIDEO, "<|video_pad|>", "plain text"),
         (tmp_path / "no.mp4", "What?", "no.mp4"),
     ):

@@ -121,6 +121,10 @@ class Qwen25VLPruneVid:
         Raises:
             ValueError: for a file that cannot be read, no video, or an empty question.
         """
+        if not isinstance(video_path, str | os.PathLike | Sequence):
+            _check.fail("a video_path, or a sequence of them", type(video_path).__name__)
+        if not isinstance(question, str):
+            _check.fail("a question as text", type(question).__name__)
         paths = [video_path] if isinstance(video_path, str | os.PathLike) else list(video_path)
         if not paths:
             raise ValueError("expected a video_path, got none")

@@ -203,13 +203,20 @@ class Stage1:
         self.clear_video_info()
         if video_grid_thw is None:
             return
-        grid = torch.as_tensor(video_grid_thw)
+        try:
+            grid = torch.as_tensor(video_grid_thw)
+        except (TypeError, ValueError, RuntimeError) as error:
+            got = type(video_grid_thw).__name__
+            raise ValueError(f"expected video_grid_thw as integers of shape [V, 3], got {got}") from error
         if grid.dim() != 2 or grid.shape[1] != 3 or grid.is_floating_point() or bool((grid < 0).any()):
             _check.fail("video_grid_thw as integers of shape [V, 3]", f"{grid.dtype} {list(grid.shape)}")
         rows = [(int(t), int(h), int(w)) for t, h, w in grid.tolist()]
         patches = sum(t * h * w for t, h, w in rows)
-        if pixel_values_videos is not None and pixel_values_videos.shape[0] != patches:
-            _check.fail(f"{patches} patches for these grids", f"pixel_values_videos of {pixel_values_videos.shape[0]}")
+        if pixel_values_videos is not None:
+            count = list(getattr(pixel_values_videos, "shape", ()))[:1]
+            if count != [patches]:
+                got = str(count[0]) if count else type(pixel_values_videos).__name__
+                _check.fail(f"{patches} patches for these grids", f"pixel_values_videos of {got}")
         self.method.grids = rows or None
 
     def clear_video_info(self) -> None:
