@@ -253,8 +253,13 @@ class DecoderHook:
             if getattr(module, "gradient_checkpointing", False) and module.training:
                 name = type(self.layers.owner).__name__
                 _check.fail("a decoder that passes its arguments on to checkpointed layers", name)
+        kwargs = dict(kwargs)
+        kwargs.pop(RUN, None)
+        if run.tokens is None:
+            given = self.following.later(run, index, args, kwargs)
+            if given is not None:
+                return given
         hidden, arguments, positional = layers.named(module, args, kwargs)
-        arguments.pop(RUN, None)
         for s, entry in enumerate(self.entries):
             if entry == index and run.tokens is not None:
                 hidden = self._leave(run, s, index, module, hidden, arguments)

@@ -16,6 +16,10 @@ from vidtok.models import packed as packing
 from vidtok.models.run import Run, Step
 from vidtok.plan import Plan
 
+# Arguments with which a pass that drops nothing has more to do than to make masks.
+_MORE = frozenset({"cache_position", "past_key_value", *layers.LOCAL_MASKS, *layers.HANDED_ON, *layers.PADDED_WITH_EOS})
+_PLAIN = frozenset({*layers.ATTENTION, "linear_attention", "none"})
+
 
 def remembers(cache: Any) -> bool:
     """Whether layers are given the positions of everything in the cache, too."""
@@ -33,6 +37,22 @@ class Following:
 
     def __init__(self, found: layers.Layers, position: str) -> None:
         self.layers, self.position = found, position
+
+    def later(self, run: Run, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments of a layer in a pass that drops nothing, by a short way; None where more than masks change."""
+        if len(args) != 1 or self.position != "keep" or not _MORE.isdisjoint(kwargs):
+            return None
+        kind = self.layers.kinds[index]
+        if kind not in _PLAIN:
+            return None
+        step = run.current(index)
+        out = dict(kwargs)
+        if step is None:
+            return args, out
+        for name in layers.MASKS:
+            if name in out:
+                out[name] = self._mask(run, step, index, args[0], kwargs.get("past_key_values"), kind)
+        return args, out
 
     def arguments(self, run: Run, step: Step, index: int, hidden: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a layer behind a drop."""
@@ -104,8 +124,10 @@ class Following:
         return run.once((step.stage, "held", id(value)), value, make)
 
     def _mask(self, run: Run, step: Step, index: int, hidden: Tensor, cache: Any, kind: str) -> Any:
-        hidden = layers.streams(self.layers.modules[index], hidden)[0]
         key = (step.stage, "mask", kind, hidden.device, cache is None)
+        if key in run.memo:
+            return run.memo[key][1]
+        hidden = layers.streams(self.layers.modules[index], hidden)[0]
 
         def make(_: Any) -> Any:
             packed = None if step.packed is None else step.number(run).to(hidden.device)
