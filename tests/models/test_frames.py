@@ -109,12 +109,12 @@ def ids(*parts):
     return torch.tensor([[t for p in parts for t in ([_common.IMAGE] * int(p) if isinstance(p, str) else [p])]])
 
 
-def grouped(row, gap=10):
+def grouped(row, gap=10, **options):
     """Frames and tokens of the units that the rule finds in a row."""
     columns = (row.reshape(-1) == _common.IMAGE).nonzero().squeeze(1)
     return [
         (grid, part.tolist())
-        for part, grid in frame_units(gap)(Media(None, "image", columns, row.shape[1], {"input_ids": row}))
+        for part, grid in frame_units(gap, **options)(Media(None, "image", columns, row.shape[1], {"input_ids": row}))
     ]
 
 
@@ -146,6 +146,36 @@ class TestFrames:
     def test_rows_separate(self):
         row = torch.cat([ids("4", 5, 6), ids(7, 8, "4")])
         assert [grid for grid, _ in grouped(row)] == [(1, 2, 2), (1, 2, 2)]
+
+    @pytest.mark.parametrize("marks", [(31, 32, 33, 34, 35), (31, 32, 33, 33, 34)])
+    def test_tiles_of_an_image_are_no_frames(self, marks):
+        """Each behind a mark of its own, or with one token between two."""
+        tiles = ids(5, *(x for mark in marks for x in ((30, mark, "4") if len(set(marks)) == 5 else (mark, "4"))), 6)
+        assert [grid for grid, _ in grouped(tiles, marked=True)] == [(1, 2, 2)] * 5
+        assert [grid for grid, _ in grouped(tiles)] != [(1, 2, 2)] * 5
+        frames = ids(5, *(x for k in range(3) for x in (20 + k, 31, "4", 32)), 6)
+        assert [grid for grid, _ in grouped(frames, marked=True)] == [(3, 2, 2)]
+
+    @torch.no_grad()
+    def test_rows_of_an_image_are_no_frames(self):
+        """Mistral 3 puts a break after each row of an image."""
+        module = family("mistral3")
+        model = module.make()
+
+        def inputs(frames):
+            """An image or more of 2 rows of 3 tokens."""
+            row = torch.tensor([[5, 6, *[*[_common.IMAGE] * 3, 30, *[_common.IMAGE] * 3, 31] * frames, 7, 8, 9]])
+            return {
+                "input_ids": row, "attention_mask": torch.ones_like(row),
+                "pixel_values": tiny.frames(frames, 84)[:, :, :56], "image_sizes": torch.tensor([[56, 84]] * frames),
+            }  # fmt: skip
+
+        with attach(model, visual=first) as handle:
+            for run in (lambda **x: model(**x), lambda **x: model.generate(**x, max_new_tokens=2, do_sample=False)):
+                run(**inputs(1))
+                assert not handle.report().samples
+                run(**inputs(3))
+                assert [s.grid_thw for s in handle.report().samples] == [(3, 2, 3)]
 
     @torch.no_grad()
     def test_single_images_stay(self):

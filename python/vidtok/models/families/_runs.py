@@ -12,6 +12,8 @@ from vidtok.models.families._base import Grid, Media, Rule
 
 #: Height and width of a frame's tokens, from the model's config.
 Side = Callable[[Any], tuple[int, int]]
+#: Height and width of the tokens of each frame of a call, None where it does not say them.
+Sides = Callable[[Media], list[tuple[int, int]] | None]
 
 
 def dense_units(side: Side | None = None, extra: int = 0) -> Rule:
@@ -54,7 +56,7 @@ def dense_units(side: Side | None = None, extra: int = 0) -> Rule:
     return rule
 
 
-def frame_units(gap: int = 10, numbered: bool = True) -> Rule:
+def frame_units(gap: int = 10, numbered: bool = True, marked: bool = False, sides: Sides | None = None) -> Rule:
     """Units of videos that come as images, a stretch of placeholders per frame.
 
     Stretches of one length with at most ``gap`` tokens between them are frames of one video. A stretch alone
@@ -64,12 +66,17 @@ def frame_units(gap: int = 10, numbered: bool = True) -> Rule:
         gap: tokens between two frames at most.
         numbered: whether a frame may be told by its number, so that the text before a video's first frame
             comes again before the next video's.
+        marked: whether tokens end and begin a frame, and others the tiles that a single image is cut into.
+        sides: of the frames, for those whose rows are stretches of their own.
     """
 
     def rule(media: Media) -> list[tuple[Tensor, Grid]]:
-        runs = media.runs()
+        known = None if sides is None else sides(media)
+        frames = None if known is None else media.split([(1, h, w) for h, w in known])
+        runs = media.runs() if frames is None else [columns for columns, _ in frames]
         if not runs:
             return []
+        shapes = [square(r.numel()) for r in runs] if frames is None else [(h, w) for _, (_, h, w) in frames]
         ends = torch.stack([torch.stack([r[0], r[-1]]) for r in runs]).tolist()
         ids = media.arguments.get("input_ids")
         flat = None if ids is None else ids.reshape(-1).tolist()
@@ -84,16 +91,17 @@ def frame_units(gap: int = 10, numbered: bool = True) -> Rule:
                 not media.apart(ends[k - 1][0], ends[k][0])
                 and ends[k][0] - ends[k - 1][1] - 1 <= gap
                 and run.numel() == runs[k - 1].numel()
+                and shapes[k] == shapes[k - 1]
             )
+            if marked and joined and flat is not None:
+                joined = ends[k][0] - ends[k - 1][1] > 2 and flat[ends[k][0] - 1] == flat[ends[k - 1][0] - 1]
             if numbered and joined and len(group) > 1 and label(k) is not None:
                 joined = label(k) != label(group[0]) or label(group[1]) == label(group[0])
             if joined:
                 group.append(k)
             else:
                 groups.append([k])
-        return [
-            (torch.cat([runs[k] for k in group]), (len(group), *square(runs[group[0]].numel()))) for group in groups
-        ]
+        return [(torch.cat([runs[k] for k in group]), (len(group), *shapes[group[0]])) for group in groups]
 
     return rule
 

@@ -9,10 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidtok.models.families._base import Family, Grid, Media
+from vidtok.models.families._base import Family, Grid, Media, repeated
 from vidtok.models.families._runs import frame_units, square
 
 _ADJACENT, _NEAR = frame_units(gap=4, numbered=False), frame_units()
+
+
+def _sized(media: Media) -> list[tuple[int, int]] | None:
+    """Mistral 3 breaks images after each row of tokens: sizes, or features made before, tell them apart."""
+    sizes = media.input("image_sizes")
+    if sizes is None:
+        parts = getattr(media.encoded, "pooler_output", None)
+        return None if parts is None else [square(len(part)) for part in parts]
+    config: Any = media.module.config
+    side = int(config.vision_config.patch_size) * int(config.spatial_merge_size)
+    return repeated([(int(h) // side, int(w) // side) for h, w in torch.as_tensor(sizes).tolist()], media.encoded)
 
 
 def _packed(media: Media) -> list[tuple[Tensor, Grid]]:
@@ -131,7 +142,7 @@ FAMILIES = (
         "SmolVLMModel",
         ("SmolVLMForConditionalGeneration",),
         # The text between two frames tells the time of the second in minutes and seconds, a sentence the next video.
-        frame_units(gap=18, numbered=False),
+        frame_units(gap=18, numbered=False, marked=True),
         language="text_model",
         towers=("vision_model",),
         positions="rope",
@@ -142,7 +153,7 @@ FAMILIES = (
         "idefics3",
         "Idefics3Model",
         ("Idefics3ForConditionalGeneration",),
-        frame_units(),
+        frame_units(marked=True),
         language="text_model",
         towers=("vision_model",),
         positions="rope",
@@ -153,7 +164,7 @@ FAMILIES = (
         "ovis2",
         "Ovis2Model",
         ("Ovis2ForConditionalGeneration",),
-        frame_units(),
+        frame_units(marked=True),
         towers=("vision_tower",),
         positions="rope",
         images=False,
@@ -163,7 +174,7 @@ FAMILIES = (
         "mistral3",
         "Mistral3Model",
         ("Mistral3ForConditionalGeneration",),
-        frame_units(),
+        frame_units(sides=_sized),
         towers=("vision_tower",),
         positions="rope",
         images=False,
