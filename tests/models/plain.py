@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache as memo
 from typing import Any
 
 import torch
@@ -113,3 +114,24 @@ def lengths(cache: Any) -> list[int | None]:
     """Keys that each layer of a cache holds."""
     found = [getattr(layer, "keys", None) for layer in cache.layers]
     return [None if keys is None else keys.shape[2] for keys in found]
+
+
+GIVEN = rows([[24], [12, 9], [17]])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {},
+    "llama": {},
+    "mistral": {"sliding_window": 12},
+    "mixed": {
+        "use_sliding_window": True,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "nemotron_h": {},
+}
+
+
+@memo
+def get(kind: str, attention: str = "sdpa") -> Any:
+    """A model of ``OPTIONS``, made once; tests leave it as it was."""
+    return make("qwen2" if kind == "mixed" else kind, attention, **OPTIONS[kind])

@@ -25,7 +25,6 @@ class Unpacked:
         width = int(count.max()) if count.numel() else 0
         self.index = torch.full((count.shape[0], width), -1, dtype=torch.int64, device=sample.device)
         self.index[number, width - count[number] + rank] = column
-        self.row = torch.zeros_like(count).index_copy_(0, number, column // self.shape[1])
 
     @property
     def valid(self) -> Tensor | None:
@@ -33,10 +32,9 @@ class Unpacked:
         valid = self.index >= 0
         return None if bool(valid.all()) else valid
 
-    def unpack(self, x: Tensor, fill: float | None = None) -> Tensor:
-        """``[B, L, ...]`` to ``[S, L', ...]``; padding holds ``fill``, or anything for None."""
-        out = x.reshape(self.shape[0] * self.shape[1], *x.shape[2:])[self.index.clamp(min=0)]
-        return out if fill is None else out.masked_fill(self.index < 0, fill)
+    def unpack(self, x: Tensor, fill: float) -> Tensor:
+        """``[B, L]`` to ``[S, L']``; padding gets ``fill``."""
+        return x.reshape(-1)[self.index.clamp(min=0)].masked_fill(self.index < 0, fill)
 
     def pack(self, y: Tensor, fill: float) -> Tensor:
         """``[S, L']`` to ``[B, L]``; padding gets ``fill``."""
