@@ -260,3 +260,38 @@ def test_refusals():
         assert not model.model._forward_pre_hooks or handle.active
     with pytest.raises(ValueError, match="plain language model only"):
         vidtok.attach(tiny.make("qwen2_vl", layers=1), visual=tiny.drop, visual_token_id=255)
+
+
+@pytest.mark.parametrize("decoder", ["attn_2_0.5", vidtok.Drop("uni_2_0.5", merge="transv")])
+@torch.no_grad()
+def test_a_prompt_in_parts_is_refused_where_its_end_counts(decoder):
+    """The last token of a part is not that of the prompt, also when the part holds the whole video."""
+    model = plain.make("qwen2")
+    ids, _, spans = prompt()
+    _, start, stop = spans[0]
+    given = {"input_ids": ids[:1, start - 5 :], "do_sample": False, "max_new_tokens": 2, "prefill_chunk_size": 31}
+    where = [(0, 5, 5 + stop - start)]
+    with vidtok.attach(model, decoder="uni_2_0.5") as handle, handle.tokens(where):
+        whole = model.generate(**{**given, "prefill_chunk_size": None})
+        assert torch.equal(model.generate(**given), whole)
+    with vidtok.attach(model, decoder=decoder) as handle, handle.tokens(where):
+        model.generate(**{**given, "prefill_chunk_size": None})
+        with pytest.raises(ValueError, match="expected the whole prompt in one pass"):
+            model.generate(**given)
+
+
+@pytest.mark.parametrize("decoder", ["attn_1_0.5", vidtok.Drop("uni_1_0.5", preset="timeviper")])
+@torch.no_grad()
+def test_a_decoded_token_is_text(decoder):
+    """Also when the model chooses the id of visual tokens."""
+    model = plain.make("qwen2")
+    ids = torch.tensor([[5, 6, 7] + [205] * 8 + [9, 10]])
+    with vidtok.attach(model, decoder=decoder, visual_token_id=205) as handle:
+        cache = model(input_ids=ids).past_key_values
+        got = model(input_ids=torch.tensor([[205]]), past_key_values=cache).logits[:, -1]
+        assert cache.get_seq_length() == 14
+        whole = torch.cat([ids, torch.tensor([[205]])], 1)
+        labels = torch.tensor([[-100] * 13 + [205]])
+    with vidtok.attach(model, decoder=decoder) as handle, handle.tokens([(0, 3, 11)]):
+        alone = model(input_ids=whole, labels=labels, use_cache=False).logits[:, -1]
+    assert far(got, alone) < 2e-5

@@ -69,7 +69,8 @@ class Named:
         assert given is not None
         batch, length = given.shape[:2]
         if not self._stack():
-            return self._stretches(module, arguments, ids, length, borders)
+            # A token of a decoding step was chosen by the model, not given.
+            return None if start and length == 1 else self._stretches(module, arguments, ids, length, borders)
         spans, counts, rows = self._stack()[-1]
         beams = batch // rows if rows and batch % rows == 0 else 1
         found: list[tuple[int, int, Unit]] = []
