@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vidtok import _check, ops
-from vidtok.models import budgets, columns, compress, layers, masks, scoring
+from vidtok.models import budgets, columns, compress, generation, layers, masks, scoring
 from vidtok.models import cache as caches
 from vidtok.models import packed as packing
 from vidtok.models.cache import Stages
@@ -189,7 +188,7 @@ class DecoderHook:
             return
         if self.drop.compress:
             compress.check(cache)
-        if (self.asks or self.drop.compress or self.transv is not None) and _in_chunks():
+        if (self.asks or self.drop.compress or self.transv is not None) and generation.in_chunks():
             raise ValueError(
                 "expected the whole prompt in one pass for attn, compress and TransV, got prefill_chunk_size, by which "
                 "what follows the visual tokens may come later"
@@ -356,13 +355,3 @@ class DecoderHook:
             masks_kept.append(kept.mask)
             dropped += kept.dropped[0]
         return budgets.Kept(torch.cat(masks_kept, 1), [dropped])
-
-
-def _in_chunks() -> bool:
-    """Whether ``generate`` feeds a prompt in parts, which nothing that it hands over tells."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name in ("_prefill", "_prefill_chunking"):
-            return getattr(frame.f_locals.get("generation_config"), "prefill_chunk_size", None) is not None
-        frame = frame.f_back
-    return False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vidtok import _check, ops
 from vidtok.models import cache as caches
-from vidtok.models import columns, families
+from vidtok.models import columns, families, generation
 from vidtok.models import packed as packing
 from vidtok.models.cache import State
 from vidtok.models.families import Encoded, Places, Visual
@@ -186,7 +186,7 @@ class InputHook:
             if call.tokens is not None:
                 _refuse_columns(call)
             changed = arguments if changed is None else changed
-            labels = _candidates(call, changed["inputs_embeds"], cache) if call.labels is None else call.labels
+            labels = _candidates(call, changed["inputs_embeds"]) if call.labels is None else call.labels
             if labels is not None and call.labels is None and self.decoder.drop.compress:
                 raise ValueError("expected a prompt alone with compress=True, got candidates of assisted decoding too")
             changed, call.run = self.decoder.begin(call.tokens, changed, cache, labels)
@@ -486,10 +486,10 @@ class InputHook:
         changed["visual_pos_masks"] = kept[..., None] if given.dim() == 3 else kept
 
 
-def _candidates(call: Call, embeds: Tensor, cache: Any) -> Tensor | None:
+def _candidates(call: Call, embeds: Tensor) -> Tensor | None:
     """Labels that tell the prompt from the candidates of assisted decoding, which come in one pass with it."""
-    count = call.logits_to_keep - 1 if cache is not None and isinstance(call.logits_to_keep, int) else 0
-    if call.tokens is None or not 0 < count < embeds.shape[1]:
+    count = 0 if call.tokens is None else generation.candidates()
+    if not 0 < count < embeds.shape[1]:
         return None
     labels = torch.full(embeds.shape[:2], -100, device=embeds.device)
     labels[:, -count:] = 0
