@@ -295,18 +295,3 @@ def test_a_decoded_token_is_text(decoder):
     with vidtok.attach(model, decoder=decoder) as handle, handle.tokens([(0, 3, 11)]):
         alone = model(input_ids=whole, labels=labels, use_cache=False).logits[:, -1]
     assert far(got, alone) < 2e-5
-
-
-@torch.no_grad()
-def test_what_asks_again_has_to_stay():
-    """A visual token at the end of a prompt may ask once, before anything has left."""
-    model = plain.make("qwen2")
-    ids = torch.arange(5, 20)[None]
-    for spec in ("attn_1_0.5-attn_2_0.2", "uni_1_0.5-attn_2_0.2"):
-        with vidtok.attach(model, decoder=spec) as handle:
-            with handle.tokens([(0, 3, 15)]), pytest.raises(ValueError, match="expected text behind"):
-                model(input_ids=ids)
-            with handle.tokens([(0, 3, 14)]):
-                assert model(input_ids=ids).logits.shape[1] == 3 + 2 + 1
-    with vidtok.attach(model, decoder="attn_1_0.5-uni_2_0.2") as handle, handle.tokens([(0, 3, 15)]):
-        assert torch.isfinite(model(input_ids=ids).logits).all()

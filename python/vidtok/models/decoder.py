@@ -169,12 +169,6 @@ class DecoderHook:
             tokens = Tokens(unit, frame, tokens.units, rows.valid, group)
         keys = budgets.keys(self.drop, tokens, tokens.group)
         asking = scoring.queries(self.drop, tokens, labels) if self.asks else None
-        again = any(stage.kind == "attn" for stage in self.drop.stages[1:])
-        if again and asking is not None and bool((asking & (tokens.unit >= 0)).any()):
-            raise ValueError(
-                "expected text behind the visual tokens for attn after another stage, got a visual token that asks, "
-                "which may have left by then"
-            )
         text = None if self.transv is None else self.transv.text(tokens, labels)
         if rows is not None:
             keys = rows.pack(keys, -1)
