@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vidtok import data, kernels, methods, models, ops, spec, training
     from vidtok.kernels.reports import synchronize
     from vidtok.kernels.select import use_backend
-    from vidtok.models.attach import attach
+    from vidtok.models.attach import attach, detach
     from vidtok.models.cache import LogicalCache
     from vidtok.models.drop import Drop
     from vidtok.plan import Plan
@@ -26,13 +26,14 @@ _NAMES = {
     "LogicalCache": "vidtok.models.cache",
     "Plan": "vidtok.plan",
     "attach": "vidtok.models.attach",
+    "detach": "vidtok.models.attach",
     "synchronize": "vidtok.kernels.reports",
     "use_backend": "vidtok.kernels.select",
 }
 
 __all__ = [
-    "Drop", "LogicalCache", "Plan", "__version__", "attach", "data", "kernels", "methods", "models", "ops", "spec",
-    "synchronize", "training", "use_backend",
+    "Drop", "LogicalCache", "Plan", "__version__", "attach", "data", "detach", "kernels", "methods", "models", "ops",
+    "spec", "synchronize", "training", "use_backend",
 ]  # fmt: skip
 
 

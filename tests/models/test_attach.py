@@ -187,3 +187,15 @@ def test_specs_are_resolved(models):
     with pytest.raises(ValueError):
         vidtok.attach(model, visual="unifrom:ratio=0.5")
     assert hooks(model) == 0
+
+
+def test_an_attachment_without_a_handle_can_be_taken_out(models):
+    model, inputs = models("qwen2_5_vl"), tiny.batch("qwen2_5_vl", tiny.ROWS)
+    before, plain = hooks(model), model(**inputs, use_cache=False).logits
+    vidtok.attach(model, visual=tiny.drop)
+    gc.collect()
+    assert model(**inputs, use_cache=False).logits.shape[1] < plain.shape[1]
+    with pytest.raises(ValueError, match="detach"):
+        vidtok.attach(model, visual=tiny.drop)
+    assert vidtok.detach(model.model) and not vidtok.detach(model)
+    assert hooks(model) == before and torch.equal(model(**inputs, use_cache=False).logits, plain)

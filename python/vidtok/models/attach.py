@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -63,7 +62,7 @@ class Handle:
         self._hook, self._handles, self.spec = hook, handles, spec
         #: Whether the loop that the attachment was made for still runs; None for one that lasts until ``restore()``.
         self.running: Callable[[], bool] | None = None
-        hook.handle = weakref.ref(self)
+        hook.handle = self
 
     @property
     def active(self) -> bool:
@@ -175,6 +174,30 @@ def attach(
     return install(InputHook, model, visual, decoder, position, visual_token_id)
 
 
+def detach(model: nn.Module) -> bool:
+    """Take out what :func:`attach` put into a model, also when nobody holds its handle any more.
+
+    Args:
+        model: as given to :func:`attach`, or the same model in another wrapper.
+
+    Returns:
+        Whether there was an attachment.
+
+    Raises:
+        ValueError: for a model that could not have one.
+
+    Example:
+        >>> vidtok.detach(model)  # doctest: +SKIP
+        True
+    """
+    language_model = families.locate(model).language_model
+    owners = [h.owner for h in language_model._forward_pre_hooks.values() if isinstance(h, _Hook)]
+    found = [owner.handle for owner in owners if owner.handle is not None and owner.active]
+    for handle in found:
+        handle.restore()
+    return bool(found)
+
+
 def install(
     kind: type[InputHook], model: nn.Module, visual: Any, decoder: Any, position: str, token: int | None = None
 ) -> Handle:
@@ -192,11 +215,14 @@ def install(
     for h in list(places.language_model._forward_pre_hooks.values()):
         if not isinstance(h, _Hook) or h.place != "visual" or not h.owner.active:
             continue
-        earlier = h.owner.handle()
+        earlier = h.owner.handle
         if earlier is not None and earlier.running is not None and not earlier.running():
             earlier.restore()
             continue
-        raise ValueError("expected a model without attachment at the language-model input, got one; restore() it first")
+        raise ValueError(
+            "expected a model without attachment at the language-model input, got one; restore() it first, "
+            "or vidtok.detach(model)"
+        )
     dropper = None
     if decoder is not None:
         from vidtok.models.decoder import DecoderHook

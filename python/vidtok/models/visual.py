@@ -62,7 +62,7 @@ class InputHook:
             raise ValueError(f"expected images=false for {self.family.name}, whose images have no known grid, got true")
         self.active = True
         self.language_model = places.language_model
-        self.handle: Any = lambda: None
+        self.handle: Any = None
         self.last: Record | None = None
         self._calls = threading.local()
 
