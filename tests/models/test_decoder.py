@@ -265,3 +265,23 @@ def test_compiled_models_drop_too(language):
         got = torch.compile(model, backend="eager")(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(got, want, **CLOSE)
     torch.compiler.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["attn_1_0.5-attn_2_0.2", "uni_1_0.08-attn_2_0.08"])
+def test_a_prompt_that_ends_in_visual_tokens_keeps_its_last(spec):
+    model = plain.make("qwen2", layers=3)
+    ids = torch.cat([torch.tensor([[5, 6, 7]]), torch.randint(200, 232, (1, 24))], 1)
+    shuffled = torch.cat([ids[:, :3], ids[:, 3:-1].flip(1), ids[:, -1:]], 1)
+    seen = []
+    with vidtok.attach(model, decoder=spec) as handle:
+        for row in (ids, shuffled):
+            with handle.tokens([(0, 3, 27)]):
+                out = model(input_ids=row)
+            (sample,) = handle.report().samples
+            seen.append(sample.at(2).anchor.tolist())
+            assert out.logits.shape[1] == 3 + len(seen[-1])
+    # The last token stays although nothing else near it does, and the token that asks chooses by what it sees.
+    assert all(anchors[-1] == 23 for anchors in seen)
+    if spec.startswith("attn"):
+        assert seen[0] != seen[1]

@@ -169,6 +169,8 @@ class DecoderHook:
             tokens = Tokens(unit, frame, tokens.units, rows.valid, group)
         keys = budgets.keys(self.drop, tokens, tokens.group)
         asking = scoring.queries(self.drop, tokens, labels) if self.asks else None
+        # A prompt may end in visual tokens: what asks, and what the next token is read from, stays.
+        keys = keys.masked_fill(scoring.ends(tokens) if asking is None else scoring.ends(tokens) | asking, -1)
         text = None if self.transv is None else self.transv.text(tokens, labels)
         if rows is not None:
             keys = rows.pack(keys, -1)

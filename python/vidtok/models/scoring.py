@@ -21,6 +21,12 @@ CHUNK = 1 << 21
 
 
 # ---------------------------------------------------------------------- which rows ask
+def ends(tokens: Tokens) -> Tensor:
+    """bool ``[B, L]``: the last real token of each row."""
+    valid = torch.ones_like(tokens.unit, dtype=torch.bool) if tokens.valid is None else tokens.valid
+    return _last(valid, torch.arange(valid.shape[1], device=valid.device).expand(valid.shape))
+
+
 def queries(drop: Drop, tokens: Tokens, labels: Tensor | None = None) -> Tensor:
     """bool ``[B, L]``: the rows whose attention decides, found when the decoder is entered.
 
