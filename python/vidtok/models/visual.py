@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from vidtok import _check, ops
 from vidtok.models import cache as caches
-from vidtok.models import columns, families, generation
+from vidtok.models import columns, families, generation, refusals
 from vidtok.models import packed as packing
 from vidtok.models.cache import State
+from vidtok.models.call import Call
 from vidtok.models.families import Encoded, Places, Visual
 from vidtok.models.named import Named
 from vidtok.models.packed import Packed
@@ -23,31 +24,6 @@ from vidtok.plan import Plan
 
 if TYPE_CHECKING:
     from vidtok.models.decoder import DecoderHook
-
-
-class Call:
-    """One forward pass of a model in one thread."""
-
-    def __init__(self, owner: nn.Module) -> None:
-        self.owner = owner
-        self.begun = False
-        self.labels: Tensor | None = None
-        self.logits_to_keep: Any = 0
-        self.router_loss = False
-        self.visual: Visual | None = None
-        self.media = False
-        self.mask: Tensor | None = None
-        self.types: Tensor | None = None
-        self.towers: dict[str, list[dict[str, Any]]] = {}
-        self.encoded: list[Span] = []
-        self.state: State | None = None
-        self.record: Record | None = None
-        self.stage = ""
-        self.forward: Span | None = None
-        self.rotary: Tensor | None = None
-        self.tokens: Tokens | None = None
-        self.run: Any = None
-        self.packed: Packed | None = None
 
 
 class InputHook:
@@ -75,7 +51,7 @@ class InputHook:
         call = self._calls.call = Call(module)
         arguments = families.named_arguments(module, args, kwargs)
         call.logits_to_keep = arguments.get("logits_to_keep", 0)
-        call.router_loss = arguments.get("attention_mask") is not None and _routes(module, arguments)
+        call.router_loss = arguments.get("attention_mask") is not None and refusals.routes(module, arguments)
         # Read here already: accelerate copies the arguments on their way to the base model.
         call.towers, call.encoded = families.tags(arguments)
         labels = arguments.get("labels")
@@ -184,7 +160,7 @@ class InputHook:
             changed = self._continue(call, arguments, embeds, cache, state)
         if self.decoder is not None:
             if call.tokens is not None:
-                _refuse_columns(call)
+                refusals.refuse_columns(call)
             changed = arguments if changed is None else changed
             labels = _candidates(call, changed["inputs_embeds"]) if call.labels is None else call.labels
             if labels is not None and call.labels is None and self.decoder.drop.compress:
@@ -262,7 +238,7 @@ class InputHook:
             return self._continue(call, arguments, embeds, cache, state, record)
         if plan.is_gather and plan.num_out == plan.num_in and self.position == "keep":
             return self._continue(call, arguments, embeds, cache, state, record)
-        _refuse(arguments, call, length, self.family.positions == "mrope")
+        refusals.refuse(arguments, call, length, self.family.positions == "mrope")
         self._refuse_packed(call.packed, reducible)
         move = Span(device)
         cu = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
@@ -346,7 +322,7 @@ class InputHook:
         changed = dict(arguments)
         changed["attention_mask"] = None if mask is None else mask.long()
         position = arguments.get("position_ids")
-        _refuse_length(position, length)
+        refusals.refuse_length(position, length)
         if self.family.positions == "mrope":
             shape: tuple[int, ...] = (
                 3 if position is None or position.dim() == 2 else position.shape[0],
@@ -494,52 +470,3 @@ def _candidates(call: Call, embeds: Tensor) -> Tensor | None:
     labels = torch.full(embeds.shape[:2], -100, device=embeds.device)
     labels[:, -count:] = 0
     return labels
-
-
-def _refuse_columns(call: Call) -> None:
-    if isinstance(call.logits_to_keep, Tensor):
-        _check.fail("logits_to_keep as a number, because tokens are dropped", "a tensor")
-    if call.router_loss:
-        raise ValueError(
-            "expected output_router_logits=False or no attention_mask, because the load-balancing loss masks tokens "
-            "that were dropped, got both"
-        )
-
-
-def _routes(module: Any, arguments: dict[str, Any]) -> bool:
-    """Whether a mixture of experts computes the loss of its routers."""
-    asked = arguments.get("output_router_logits")
-    config = module.config.get_text_config()
-    return bool(getattr(config, "output_router_logits", False) if asked is None else asked)
-
-
-def _refuse(arguments: dict[str, Any], call: Call, length: int, mrope: bool) -> None:
-    """Raise for calls in which dropping tokens would silently change something else."""
-    _refuse_columns(call)
-    position = arguments.get("position_ids")
-    _refuse_length(position, length)
-    if not mrope:
-        return
-    if position is None or position.dim() == 2 or _is_text(position, call.visual):
-        raise ValueError(
-            "expected M-RoPE positions for the visual tokens, got 1-D text positions; "
-            "pass the processor's mm_token_type_ids, or position_ids of shape [3, B, L]"
-        )
-
-
-def _is_text(position: Tensor, visual: Visual | None) -> bool:
-    """Whether visual tokens got 1-D positions: height and width ids of a real grid differ somewhere."""
-    if visual is None or all(h * w < 2 for _, h, w in (unit.grid_thw for unit in visual.units)):
-        return False
-    at = visual.columns.to(position.device)
-    at = at % position.shape[-1] if position.shape[1] == 1 else at
-    height, width = position[-2:].flatten(1)[:, at]
-    return torch.equal(height, width)
-
-
-def _refuse_length(position: Tensor | None, length: int) -> None:
-    if position is not None and position.shape[-1] != length:
-        _check.fail(
-            f"position_ids for the {length} tokens of this pass",
-            f"{position.shape[-1]} (give it no attention_mask of the whole sequence without position_ids)",
-        )

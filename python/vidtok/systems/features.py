@@ -14,9 +14,10 @@ from vidtok.models import cache as caches
 from vidtok.models import families
 from vidtok.models.attach import install
 from vidtok.models.cache import State
+from vidtok.models.call import Call
 from vidtok.models.families import Visual
 from vidtok.models.report import Span
-from vidtok.models.visual import Call, InputHook
+from vidtok.models.visual import InputHook
 from vidtok.plan import Plan
 from vidtok.systems.stage1 import Stage1, StandIn, own
 
