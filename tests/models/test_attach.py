@@ -71,7 +71,7 @@ def test_bad_arguments(models):
     model = models("qwen2_5_vl")
     before = hooks(model)
     for options, message in (
-        ({"visual": tiny.drop, "vision": "tome:r=8"}, "not available in this version"),
+        ({"visual": tiny.drop, "vision": "tome:r=-1"}, "at least 0"),
         ({"visual": tiny.drop, "decoder": "uni_2"}, "uni_2"),
         ({"visual": tiny.drop, "position": "first"}, "position"),
         ({}, "visual="),

@@ -17,6 +17,7 @@ from vidtok.models.report import Report
 from vidtok.models.visual import InputHook
 
 if TYPE_CHECKING:
+    from vidtok.merge.attach import Merging
     from vidtok.models.transv import TransV
 
 _POSITIONS = ("keep", "renumber")
@@ -58,35 +59,43 @@ def _forget_compiled() -> None:
 class Handle:
     """An attachment: ``restore()`` takes it out; also a context manager."""
 
-    def __init__(self, hook: InputHook, handles: list[Any], spec: str) -> None:
+    def __init__(self, hook: InputHook | None, handles: list[Any], spec: str, vision: Sequence[Merging] = ()) -> None:
         self._hook, self._handles, self.spec = hook, handles, spec
+        #: The token merging of each vision tower.
+        self.vision: Sequence[Merging] = vision
         #: Whether the loop that the attachment was made for still runs; None for one that lasts until ``restore()``.
         self.running: Callable[[], bool] | None = None
-        hook.handle = self
+        if hook is not None:
+            hook.handle = self
 
     @property
     def active(self) -> bool:
         """Whether the attachment is in place."""
-        return self._hook.active
+        return self._hook.active if self._hook is not None else any(merging.active for merging in self.vision)
 
     @property
     def transv(self) -> TransV | None:
         """The trainable module of ``Drop(..., merge="transv")``; its parameters are not the model's."""
-        decoder = self._hook.decoder
+        decoder = None if self._hook is None else self._hook.decoder
         return None if decoder is None else decoder.transv
 
     def restore(self) -> None:
         """Take the attachment out; the model is as before. A second call does nothing."""
         if self.active:
             _forget_compiled()
-        self._hook.active, self.running = False, None
+        self.running = None
+        if self._hook is not None:
+            self._hook.active = False
         while self._handles:
             self._handles.pop().remove()
+        for merging in self.vision:
+            merging.restore()
 
     def report(self) -> Report:
         """What the last prefill did; empty before the first."""
-        record = self._hook.last
-        return Report() if record is None else record.report(costs(self._hook.language_model))
+        if self._hook is None or self._hook.last is None:
+            return Report()
+        return self._hook.last.report(costs(self._hook.language_model))
 
     def tokens(
         self, where: Sequence[tuple[int, int, int]] | Tensor, frames: int | Sequence[int] = 1
@@ -109,6 +118,10 @@ class Handle:
             >>> with handle.tokens([(0, 4, 68)], frames=16):  # doctest: +SKIP
             ...     model.generate(inputs_embeds=embeds, attention_mask=mask)
         """
+        if self._hook is None:
+            raise ValueError(
+                "expected an attachment with visual= or decoder= to name tokens for, got one with vision= only"
+            )
         return self._hook.named.use(where, frames)
 
     def __enter__(self) -> Handle:
@@ -144,7 +157,8 @@ def attach(
             attribute ``images``.
         decoder: a spec such as ``"uni_7_0.5-attn_14_0.25"`` (kind, 0-based layer, share of the visual
             tokens that layer still sees), or a :class:`vidtok.Drop`.
-        vision: reductions inside the vision tower; not available in this version.
+        vision: a spec such as ``"tome:r=8"`` or a :class:`vidtok.merge.ToMe`: tokens that merge inside the
+            vision tower, also of models without a language model (docs/vision.md lists them).
         position: ``"keep"`` leaves every kept token its coordinates and text its positions;
             ``"renumber"`` counts the tokens that remain, decoded ones too.
         visual_token_id: for plain language models only: the id whose stretches in ``input_ids`` are
@@ -162,16 +176,29 @@ def attach(
         ...     model.generate(**inputs)
         ...     print(handle.report())
     """
-    if vision is not None:
+    if vision is None and visual is None and decoder is None:
         raise ValueError(
-            "expected vision=None, got a spec: reductions in the vision tower are not available in this version"
+            "expected vision= to name a method such as 'tome:r=8', visual= one such as 'uniform:ratio=0.5', or "
+            "decoder= stages such as 'uni_7_0.5', got nothing to attach"
         )
+    if vision is None:
+        return install(InputHook, model, visual, decoder, position, visual_token_id)
+    from vidtok.merge.spec import resolve
+    from vidtok.models import towers
+
+    options = resolve(vision)
+    merges = towers.attach_vision(model, options)
+    part = f"vision={str(options)!r}"
     if visual is None and decoder is None:
-        raise ValueError(
-            "expected visual= to name a method such as 'uniform:ratio=0.5', or decoder= stages such as 'uni_7_0.5', "
-            "got nothing to attach"
-        )
-    return install(InputHook, model, visual, decoder, position, visual_token_id)
+        return Handle(None, [], part, merges)
+    try:
+        handle = install(InputHook, model, visual, decoder, position, visual_token_id)
+    except BaseException:
+        for merging in merges:
+            merging.restore()
+        raise
+    handle.vision, handle.spec = merges, f"{part} {handle.spec}"
+    return handle
 
 
 def detach(model: nn.Module) -> bool:

@@ -1,0 +1,9 @@
+"""Token merging inside vision towers."""
+
+from vidtok.merge.attach import Merging, attach_any
+from vidtok.merge.block import Halves
+from vidtok.merge.options import ToMe
+from vidtok.merge.run import Step, unmerge, weighted_mean
+from vidtok.merge.schedule import Schedule, inflected
+
+__all__ = ["Halves", "Merging", "Schedule", "Step", "ToMe", "attach_any", "inflected", "unmerge", "weighted_mean"]

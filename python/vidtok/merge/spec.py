@@ -1,0 +1,61 @@
+"""Spec strings of ``vision=``: ``name[:key=value,…]``, as :mod:`vidtok.spec` reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vidtok.merge.options import ToMe
+from vidtok.spec import _NAME, SpecError, _fail, _nearest, _split, _value
+
+METHODS: dict[str, tuple[type, dict[str, str]]] = {
+    "tome": (
+        ToMe,
+        {
+            "r": "schedule",
+            "ratio": "float",
+            "k": "int",
+            "metric": "word",
+            "prop_attn": "bool",
+            "protected": "int",
+            "trace": "bool",
+            "form": "word",
+        },
+    ),
+}
+
+
+def parse(text: str) -> Any:
+    """The options that a spec such as ``"tome:r=8"`` means.
+
+    Raises:
+        SpecError: naming the offending part.
+    """
+    name, colon, rest = text.partition(":")
+    name = name.strip()
+    if name not in METHODS:
+        _fail(text, text, f"a method: {_nearest(name, METHODS)}")
+    kind, kinds = METHODS[name]
+    options: dict[str, Any] = {}
+    for item in _split(rest, ",", text) if colon else ():
+        key, equals, value = item.partition("=")
+        key = key.strip()
+        if not equals or not _NAME.fullmatch(key):
+            _fail(text, text, f"key=value after the colon, got {item.strip()[:60]!r}")
+        if key not in kinds:
+            _fail(text, text, f"a key of {name}: {_nearest(key, kinds)}")
+        if key in options:
+            _fail(text, text, f"{key} once")
+        options[key] = _value(value, kinds[key], item.strip(), text)
+    try:
+        return kind(**options)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"bad spec {text!r}: {name}: {error}") from None
+
+
+def resolve(merge: Any) -> Any:
+    """Options as they are, or those that a spec string means."""
+    if isinstance(merge, str):
+        return parse(merge)
+    if isinstance(merge, tuple(kind for kind, _ in METHODS.values())):
+        return merge
+    raise TypeError(f"expected a spec string such as 'tome:r=8' or a vidtok.merge.ToMe, got {merge!r}")

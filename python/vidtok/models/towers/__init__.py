@@ -1,0 +1,73 @@
+"""The vision towers of transformers whose tokens can merge: one file for each group of families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from vidtok.merge.attach import Merging
+from vidtok.merge.options import ToMe
+from vidtok.models.towers import _attention, clip
+from vidtok.models.towers._base import Tower
+
+FAMILIES: tuple[Tower, ...] = (*clip.FAMILIES,)
+_BY_CLASS = {name: family for family in FAMILIES for name in family.towers}
+
+
+def family_of(module: nn.Module) -> Tower | None:
+    """The family of a tower, by the name of its class or of one it derives from."""
+    return next((_BY_CLASS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _BY_CLASS), None)
+
+
+def locate(model: nn.Module) -> list[tuple[nn.Module, Tower]]:
+    """The towers inside ``model``, each with its family; of one inside another only the outer."""
+    found: list[tuple[nn.Module, Tower]] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        family = family_of(module)
+        if family is not None and id(module) not in inside:
+            found.append((module, family))
+            inside.update(map(id, module.modules()))
+    return found
+
+
+def merge(tower: nn.Module, family: Tower, options: ToMe, full_length: bool) -> Merging:
+    """Put token merging into a tower."""
+    blocks = family.find_blocks(tower)
+    merging = Merging(tower, blocks, family.halves, options, family.prefix(tower), full_length or family.full_length)
+    undo: list[Callable[[], None]] = []
+    try:
+        for block in blocks:
+            undo.extend(_attention.take(attention) for attention in family.attention(block))
+        for extra in family.extras:
+            undo.append(extra(tower, merging))
+    except BaseException:
+        for back in reversed([*merging._back, *undo]):
+            back()
+        raise
+    merging._back.extend(undo)
+    return merging
+
+
+def attach_vision(model: nn.Module, options: Any) -> list[Merging]:
+    """Put token merging into every vision tower of ``model``."""
+    found = locate(model)
+    if not found:
+        raise ValueError(
+            f"expected a model with a vision tower of a supported family "
+            f"({', '.join(family.name for family in FAMILIES)}), got {type(model).__name__}; "
+            "vidtok.merge.attach_any takes others"
+        )
+    # Inside a video-language model every visual token has a place in the prompt.
+    full = any(hasattr(m, "get_placeholder_mask") for m in model.modules())
+    out: list[Merging] = []
+    try:
+        for tower, family in found:
+            out.append(merge(tower, family, options, full))
+    except BaseException:
+        for merging in out:
+            merging.restore()
+        raise
+    return out

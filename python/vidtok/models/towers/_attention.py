@@ -1,0 +1,121 @@
+"""transformers' attention functions, with keys that weigh by size.
+
+An attention module asks its config which function to call. While tokens merge, the config that it asks
+is a :class:`SizedConfig`, which names a function registered here; that one lets the step of the pass
+see the keys, adds the logarithm of the sizes, and calls the function that the model was set to.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vidtok.merge.run import Step
+
+try:
+    from transformers import AttentionInterface
+except ImportError:
+    from transformers.modeling_utils import AttentionInterface
+
+_PREFIX = "vidtok_"
+
+
+def _itself(config: Any) -> Any:
+    return config
+
+
+class SizedConfig:
+    """A model's config with another name for its attention function; everything else is the config's own.
+
+    It stays with its module: copies and pickles of the module get the config.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.step: Step | None = None
+
+    @property
+    def _attn_implementation(self) -> str:
+        return register(self.config._attn_implementation or "eager")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.config, name)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self.config, memo)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.config,)
+
+
+def register(implementation: str) -> str:
+    """The name of ``implementation`` with sizes, which is there from now on."""
+    name = _PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, sized_attention)
+    return name
+
+
+def _base(module: Any, implementation: str) -> Callable[..., Any]:
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    kind = next(
+        kind for kind in type(module).__mro__ if hasattr(sys.modules[kind.__module__], "eager_attention_forward")
+    )
+    return sys.modules[kind.__module__].eager_attention_forward
+
+
+def sized_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function behind every name that :func:`register` gives."""
+    config = module.config
+    implementation = config.config._attn_implementation or "eager"
+    function = _base(module, implementation)
+    if config.step is None:
+        return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    weights: list[Any] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        out, weight = function(module, q, k, v, mask, scaling=scale, **kwargs)
+        weights.append(weight)
+        return out.transpose(1, 2)
+
+    out = config.step.attention(
+        query, key, value, mask=attention_mask, scale=scaling, attend=attend, flash="flash" in implementation
+    )
+    return out.transpose(1, 2), weights[0]
+
+
+def take(attention: Any) -> Callable[[], None]:
+    """Let an attention module ask a :class:`SizedConfig`; the result takes that back."""
+    own = attention.config
+    sized = SizedConfig(own)
+    attention.config = sized
+
+    def back() -> None:
+        if attention.config is sized:
+            attention.config = own
+
+    return back
+
+
+def call(attention: Any, step: Step, *args: Any, **kwargs: Any) -> Any:
+    """Call an attention module as part of ``step``."""
+    config = attention.config
+    config.step = step
+    try:
+        return attention(*args, **kwargs)
+    finally:
+        config.step = None

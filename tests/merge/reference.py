@@ -1,0 +1,42 @@
+"""Token merging written with loops, from its definition: what the towers are compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def merge(x: Tensor, metric: Tensor, size: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor]:
+    """One sequence ``[T, C]``, its metric ``[T, D]`` and sizes ``[T]`` after ``r`` merges."""
+    tokens = x.shape[0]
+    sources = [i for i in range(0, tokens, 2) if i >= protected]
+    targets = [i for i in range(1, tokens, 2) if i >= protected]
+    r = min(r, (tokens - protected) // 2, len(sources)) if targets else 0
+    if r <= 0:
+        return x, size
+    unit = metric / metric.norm(dim=-1, keepdim=True)
+    best = []
+    for source in sources:
+        cosines = [round(float(unit[source] @ unit[target]) * 2**20) for target in targets]
+        top = max(cosines)
+        best.append((-top, source, targets[cosines.index(top)]))
+    gone = {source: target for _, source, target in sorted(best)[:r]}
+    order = [i for i in range(protected) if i not in gone]
+    order += [i for i in sources if i not in gone] + targets
+    outputs, sizes = [], []
+    for i in order:
+        members = [i, *(source for source, target in gone.items() if target == i)]
+        weight = torch.stack([size[m] for m in members])
+        total = weight.sum()
+        outputs.append(sum(size[m] * x[m] for m in members) / total)
+        sizes.append(total)
+    return torch.stack(outputs), torch.stack(sizes)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float) -> Tensor:
+    """``[H, T, D]``; keys count ``size`` ``[T]`` times."""
+    logits = scale * q @ k.transpose(1, 2)
+    weight = logits.sub(logits.amax(-1, keepdim=True)).exp()
+    if size is not None:
+        weight = weight * size
+    return weight / weight.sum(-1, keepdim=True) @ v
