@@ -1,7 +1,8 @@
 """Token merging inside vision towers."""
 
-from vidtok.merge.attach import Merging, attach_any
+from vidtok.merge.attach import Merging
 from vidtok.merge.block import Halves
+from vidtok.merge.custom import attach_any
 from vidtok.merge.options import ToMe
 from vidtok.merge.run import Step, unmerge, weighted_mean
 from vidtok.merge.schedule import Schedule, inflected

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from vidtok import _check
 from vidtok.merge.block import Halves, merging_class, swap
 from vidtok.merge.options import ToMe
+from vidtok.merge.recompute import recall, recomputing, remember
 from vidtok.merge.run import Run, unmerge
-from vidtok.merge.spec import resolve
 from vidtok.plan import Plan
 
 
@@ -38,6 +38,12 @@ class Merging:
         prefix: int = 0,
         full_length: bool = False,
     ) -> None:
+        if len(set(map(id, blocks))) < len(blocks):
+            twice = next(i for i, block in enumerate(blocks) if any(block is other for other in blocks[:i]))
+            raise ValueError(
+                f"expected every block of {type(tower).__name__} once, got the {type(blocks[twice]).__name__} at "
+                f"{twice} a second time"
+            )
         for block in blocks:
             if "_vidtok" in vars(block) or type(block) is merging_class(type(block).__bases__[0]):
                 raise ValueError(
@@ -48,6 +54,7 @@ class Merging:
         options.schedule.wanted(self.layers, 0)
         #: The run that is under way or was the last one.
         self.run: Run | None = None
+        self._again: Run | None = None
         _forget_compiled()
         self._back: list[Callable[[], None]] = [swap(block, self, i) for i, block in enumerate(blocks)]
 
@@ -57,14 +64,37 @@ class Merging:
         return bool(self._back)
 
     # ------------------------------------------------------------------ the forward pass
-    def enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run | None:
+    def enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
         """The run that a block's call belongs to; the first block begins one."""
+        x = args[0] if args else None
+        if not isinstance(x, Tensor):
+            _check.fail(f"a block of {type(self.tower).__name__} to be called with its tokens first", repr(x)[:60])
+        if recomputing():
+            # A checkpoint over several blocks keeps the tokens of the first alone.
+            run = recall(x, self) or (self.begin(x, self._real(args, kwargs)) if index == 0 else self._again or self.run)
+            if run is None:
+                raise ValueError(self._order(index, "without a forward pass"))
+            self._again = run
+            return run
+        self._again = None
         if index == 0:
-            self.run = self.begin(args[0] if args else kwargs["hidden_states"])
-        return self.run
+            self.run = self.begin(x, self._real(args, kwargs))
+        run = self.run
+        if run is None or run.next != index:
+            raise ValueError(self._order(index, "first" if run is None or not run.next else f"after {run.next - 1}"))
+        run.next = index + 1
+        remember(x, self, run)
+        return run
 
-    def begin(self, x: Tensor) -> Run:
-        """The run of a pass whose first block gets ``x`` ``[B, T, C]``."""
+    def _order(self, index: int, got: str) -> str:
+        return f"expected block {index} of {type(self.tower).__name__} to run after block {index - 1}, got it {got}"
+
+    def _real(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        real = getattr(self.halves, "real", None)
+        return None if real is None else real(*args, **kwargs)
+
+    def begin(self, x: Tensor, real: Tensor | None = None) -> Run:
+        """The run of a pass whose first block gets ``x`` ``[B, T, C]``, of which bool ``real`` ``[B, T]`` is not padding."""
         batch, tokens = x.shape[0], x.shape[-2]
         own, keep = self.options.protected, self.options.trace or self.full_length
         protected: int | Tensor
@@ -76,17 +106,29 @@ class Merging:
             protected[:, : self.prefix] = True
         else:
             count = protected = min(self.prefix + own, tokens)
-        run = Run(self.options, self.options.schedule.counts(self.layers, tokens, count), protected, keep)
+        if real is not None and not real.all():
+            # What is padded neither goes nor takes in; the shortest row says how many merge.
+            if isinstance(protected, int):
+                protected = torch.arange(tokens, device=x.device).lt(protected).expand(batch, tokens)
+            protected = protected | ~real
+            count = int(protected.sum(-1).max())
+        follow = real is not None or getattr(self.halves, "follow", False)
+        run = Run(self.options, self.options.schedule.counts(self.layers, tokens, count), protected, keep, follow)
         run.tokens[0] = tokens
         return run
 
     def forward(self, block: nn.Module, run: Run, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = run.step(index)
-        if not args:
-            args, kwargs = (kwargs["hidden_states"],), {k: v for k, v in kwargs.items() if k != "hidden_states"}
         # Blocks of older libraries return a tuple, whose first entry is the tokens.
         out = self.halves.attend(block, args[0], step, *args[1:], **kwargs)
         x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+        if not isinstance(x, Tensor) or x.shape != args[0].shape:
+            _check.fail(f"attend of {type(block).__name__} {index} to give tokens {list(args[0].shape)} back", x)
+        if step.silent:
+            raise ValueError(
+                f"expected the attention half of {type(block).__name__} {index} to call step.attention(q, k, v), "
+                "got a pass without it"
+            )
         x = self.halves.feed(block, step.merge(x))
         if self.full_length and index == self.layers - 1:
             x = unmerge(run.plan(), x)
@@ -130,43 +172,3 @@ def _forget_compiled() -> None:
     frames = sys.modules.get("torch._dynamo.convert_frame")
     if getattr(frames, "FRAME_COUNTER", 0):
         torch.compiler.reset()
-
-
-def attach_any(
-    module: nn.Module,
-    merge: str | ToMe,
-    *,
-    blocks: str | Sequence[nn.Module] = "blocks",
-    halves: Halves,
-    protected: int = 1,
-    full_length: bool = False,
-) -> Merging:
-    """Merge tokens in a tower that vidtok does not know.
-
-    Args:
-        module: the tower.
-        merge: ``"tome:r=8"`` or a :class:`vidtok.merge.ToMe`.
-        blocks: its blocks in order, or the dotted name of the list that holds them.
-        halves: an object with ``attend(block, x, step, *args, **kwargs)`` and ``feed(block, x)``: the block's
-            attention half and its MLP half, residuals added. ``attend`` calls ``step.attention(q, k, v)`` with
-            ``[B, H, T, D]`` in place of ``scaled_dot_product_attention``; ``args`` are the block's own.
-        protected: tokens at the start of a sequence that never merge.
-        full_length: give every token back after the last block.
-
-    Returns:
-        A :class:`Merging`: ``restore()``, ``size``, ``trace()``, ``unmerge()``; also a context manager.
-
-    Raises:
-        ValueError: a module without these blocks, halves without these methods, options that do not fit.
-    """
-    found: Any = blocks
-    if isinstance(blocks, str):
-        found = module
-        for name in blocks.split("."):
-            found = getattr(found, name, None)
-            if found is None:
-                _check.fail(f"{type(module).__name__} to have blocks at {blocks!r}", f"none ({name!r} is missing)")
-    for name in ("attend", "feed"):
-        if not callable(getattr(halves, name, None)):
-            _check.fail("halves with the methods attend and feed", f"{type(halves).__name__} without {name}")
-    return Merging(module, list(found), halves, resolve(merge), protected, full_length)

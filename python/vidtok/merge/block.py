@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,8 +28,14 @@ class Halves(Protocol):
 class Slot:
     """A block's place in its tower. It stays with its module: copies and pickles of the module have none."""
 
-    def __init__(self, owner: Merging, index: int) -> None:
-        self.owner, self.index = owner, index
+    def __init__(self, owner: Merging, index: int, tokens: str) -> None:
+        self.owner, self.index, self.tokens = owner, index, tokens
+
+    def positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with the tokens as its first positional argument."""
+        if args or self.tokens not in kwargs:
+            return args, kwargs
+        return (kwargs[self.tokens],), {key: value for key, value in kwargs.items() if key != self.tokens}
 
 
 def _empty(kind: type[nn.Module]) -> nn.Module:
@@ -43,15 +50,16 @@ def merging_class(kind: type[nn.Module]) -> type[nn.Module]:
         # The run travels in the arguments, so that a checkpoint's recomputation meets the one it belongs to.
         def __call__(self, *args: Any, vidtok_run: Run | None = None, **kwargs: Any) -> Any:
             slot: Slot = self._vidtok
+            args, kwargs = slot.positional(args, kwargs)
             run = slot.owner.enter(slot.index, args, kwargs) if vidtok_run is None else vidtok_run
             return super().__call__(*args, vidtok_run=run, **kwargs)
 
         @functools.wraps(kind.forward)
         def forward(self, *args: Any, vidtok_run: Run | None = None, **kwargs: Any) -> Any:
-            if vidtok_run is None:
-                return super().forward(*args, **kwargs)
             slot: Slot = self._vidtok
-            return slot.owner.forward(self, vidtok_run, slot.index, args, kwargs)
+            args, kwargs = slot.positional(args, kwargs)
+            run = slot.owner.enter(slot.index, args, kwargs) if vidtok_run is None else vidtok_run
+            return slot.owner.forward(self, run, slot.index, args, kwargs)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             # Copies and pickles are of the class underneath.
@@ -64,7 +72,9 @@ def merging_class(kind: type[nn.Module]) -> type[nn.Module]:
 def swap(block: Any, owner: Merging, index: int) -> Callable[[], None]:
     """Let ``block`` merge; the result takes that back."""
     kind: Any = type(block)
-    block._vidtok = Slot(owner, index)
+    # The first parameter of a forward is its tokens; many libraries call it hidden_states and pass it by name.
+    tokens = next(iter(list(inspect.signature(kind.forward).parameters)[1:]), "hidden_states")
+    block._vidtok = Slot(owner, index, tokens)
     block.__class__ = merging_class(kind)
 
     def back() -> None:

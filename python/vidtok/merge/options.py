@@ -61,6 +61,9 @@ class ToMe:
             _check.fail(f"metric as one of {', '.join(METRICS)}", repr(self.metric))
         if self.form not in FORMS:
             _check.fail(f"form as one of {', '.join(FORMS)}", repr(self.form))
+        count = self.protected
+        if not isinstance(count, Tensor) and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
+            _check.fail("protected as an integer of at least 0 or a bool tensor", repr(count))
         for name in ("prop_attn", "trace"):
             if not isinstance(getattr(self, name), bool):
                 _check.fail(f"{name} as True or False", repr(getattr(self, name)))

@@ -17,14 +17,20 @@ from vidtok.plan import Plan
 class Run:
     """Sizes at the entry of every block, and what the merges of one forward pass decided."""
 
-    def __init__(self, options: ToMe, merges: tuple[int, ...], protected: int | Tensor, keep_plans: bool) -> None:
+    def __init__(
+        self, options: ToMe, merges: tuple[int, ...], protected: int | Tensor, keep_plans: bool, follow: bool = False
+    ) -> None:
         layers = len(merges)
-        self.options, self.merges, self.keep_plans = options, merges, keep_plans
+        self.options, self.merges, self.keep_plans, self.follow = options, merges, keep_plans, follow
         self.size: list[Tensor | None] = [None] * (layers + 1)
         self.protected: list[int | Tensor] = [protected] * (layers + 1)
         self.plans: list[Plan | None] = [None] * layers
+        #: int64 ``[B, T]``, which token of the tower's entry each one stands in the place of; with ``follow``.
+        self.place: list[Tensor | None] = [None] * (layers + 1)
         #: Tokens of a sequence that enter each block's MLP, and the first block.
         self.tokens: list[int] = [0] * (layers + 1)
+        #: The block that comes next.
+        self.next = 0
 
     def step(self, index: int) -> Step:
         return Step(self, index)
@@ -44,18 +50,35 @@ class Step:
     ``size`` is fp32 ``[B, T]``, how many tokens each one stands for, None while all stand for themselves.
     """
 
-    __slots__ = ("index", "metric", "run")
+    __slots__ = ("index", "metric", "noted", "run")
 
     def __init__(self, run: Run, index: int) -> None:
         self.run, self.index = run, index
         self.metric: Tensor | None = None
+        #: Whether the attention half has reported its keys.
+        self.noted = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether the attention half has not reported what merging and weighing by size need."""
+        run = self.run
+        return not self.noted and (run.merges[self.index] > 0 or (self.size is not None and run.options.prop_attn))
 
     @property
     def size(self) -> Tensor | None:
         return self.run.size[self.index]
 
+    @property
+    def place(self) -> Tensor | None:
+        """int64 ``[B, T]``, the place that each token had at the tower's entry, a merged one its destination's.
+
+        None while every token is in its own; known to runs that follow places.
+        """
+        return self.run.place[self.index]
+
     def note(self, keys: Tensor, values: Tensor) -> None:
         """Take ``[B, H, T, D]`` keys and values for the similarity, whose mean over heads is compared."""
+        self.noted = True
         if self.run.merges[self.index] > 0 and self.run.options.metric != "hidden":
             self.metric = (keys if self.run.options.metric == "keys" else values).detach()
 
@@ -96,11 +119,17 @@ class Step:
             self.metric = None
             x, run.size[i + 1], plan = ops.bipartite_merge(x, metric, r, size=run.size[i], protected=protected)
             run.plans[i] = plan if run.keep_plans else None
+            if run.follow:
+                place = run.place[i]
+                if place is None:
+                    place = torch.arange(run.tokens[0], device=x.device).expand(x.shape[0], -1).contiguous()
+                (moved,) = position_remap(plan, place.reshape(-1))
+                run.place[i + 1] = moved.view(x.shape[:-1])
             if isinstance(protected, Tensor):
                 (kept,) = position_remap(plan, protected.reshape(-1))
                 protected = kept.view(x.shape[:-1])
         else:
-            run.size[i + 1] = run.size[i]
+            run.size[i + 1], run.place[i + 1] = run.size[i], run.place[i]
         run.protected[i + 1], run.tokens[i + 1] = protected, x.shape[-2]
         return x
 
