@@ -9,10 +9,10 @@ from torch import nn
 
 from vidtok.merge.attach import Merging
 from vidtok.merge.options import ToMe
-from vidtok.models.towers import _attention, clip
+from vidtok.models.towers import _attention, clip, qwen
 from vidtok.models.towers._base import Tower
 
-FAMILIES: tuple[Tower, ...] = (*clip.FAMILIES,)
+FAMILIES: tuple[Tower, ...] = (*clip.FAMILIES, *qwen.FAMILIES)
 _BY_CLASS = {name: family for family in FAMILIES for name in family.towers}
 
 
@@ -36,7 +36,8 @@ def locate(model: nn.Module) -> list[tuple[nn.Module, Tower]]:
 def merge(tower: nn.Module, family: Tower, options: ToMe, full_length: bool) -> Merging:
     """Put token merging into a tower."""
     blocks = family.find_blocks(tower)
-    merging = Merging(tower, blocks, family.halves, options, family.prefix(tower), full_length or family.full_length)
+    full_length = full_length or family.full_length
+    merging = family.kind(tower, blocks, family.halves, options, family.prefix(tower), full_length)
     undo: list[Callable[[], None]] = []
     try:
         for block in blocks:

@@ -38,10 +38,13 @@ class SizedConfig:
     def __init__(self, config: Any) -> None:
         self.config = config
         self.step: Step | None = None
+        #: Whether the function that the model was set to runs, which may ask for its own name.
+        self.inside = False
 
     @property
     def _attn_implementation(self) -> str:
-        return register(self.config._attn_implementation or "eager")
+        own = self.config._attn_implementation
+        return own if self.inside else register(own or "eager")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.config, name)
@@ -53,9 +56,25 @@ class SizedConfig:
         return _itself, (self.config,)
 
 
+class _Name(str):
+    """The name of a flash attention with sizes, which is found by its own name and equals that of the other as well."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or (isinstance(other, str) and str.__eq__(self, _PREFIX + other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
 def register(implementation: str) -> str:
     """The name of ``implementation`` with sizes, which is there from now on."""
     name = _PREFIX + implementation
+    if "flash" in implementation:
+        # Towers of transformers 4 compare the name with "flash_attention_2".
+        name = _Name(name)
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, sized_attention)
     return name
@@ -82,7 +101,15 @@ def sized_attention(
     """The attention function behind every name that :func:`register` gives."""
     config = module.config
     implementation = config.config._attn_implementation or "eager"
-    function = _base(module, implementation)
+    base = _base(module, implementation)
+
+    def function(*args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        config.inside = True
+        try:
+            return base(*args, **options)
+        finally:
+            config.inside = False
+
     if config.step is None:
         return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     weights: list[Any] = []

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from vidtok.merge.attach import Merging
 from vidtok.merge.block import Halves
 
 
@@ -30,6 +31,7 @@ class Tower:
         full_length: whether what follows the tower needs every token.
         extras: what else has to change, such as a pooling head: each is given the tower and its
             :class:`vidtok.merge.Merging` and gives back what undoes it.
+        kind: what merges its tokens.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Tower:
     prefix: Callable[[nn.Module], int] = _one
     full_length: bool = False
     extras: tuple[Callable[[nn.Module, Any], Callable[[], None]], ...] = ()
+    kind: type[Merging] = Merging
 
     def find_blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
         """The blocks of ``tower`` in order."""
