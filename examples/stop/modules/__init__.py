@@ -1,0 +1,1 @@
+"""The module names of the published code."""

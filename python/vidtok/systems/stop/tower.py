@@ -1,0 +1,150 @@
+"""STOP's vision tower: frames that attend to themselves, and prompts of the video that attend to all of them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidtok.merge import attention
+from vidtok.merge.options import ToMe
+from vidtok.merge.run import Run, Step
+from vidtok.systems.stop.attention import Attention, Block
+from vidtok.systems.stop.clip import VisionTransformer
+from vidtok.systems.stop.config import Config, Sizes
+from vidtok.systems.stop.prompts import Adapter, FramePrompt, PixelPrompt, Prompts
+
+
+class Stop(nn.Module):
+    r"""The prompts of STOP, and the pass of a video through CLIP's vision tower with them.
+
+    The published sequence is token-major, :math:`[g_1 … g_G, x_{l=0,t=0} … x_{l=0,t=T-1}, x_{l=1,t=0} …]`
+    with a frame's class token at l = 0, its prompts next and then its patches. In every layer, with the same
+    weights, (a) a frame's tokens attend to the video's prompts and to the tokens of their frame, (b) the video's
+    prompts attend to everything. Before each layer the frame prompts are overwritten by that layer's. The
+    embedding is that of the first prompt of the video.
+
+    What is computed differently, with equal results:
+
+    - keys and values are projected once and serve both attentions; (b) runs over the keys of (a), in which the
+      video's prompts are there once per frame and count 1/T each;
+    - frame prompts are keys and values only: what a layer makes of them is overwritten before it is read;
+    - the last layer computes the first prompt of the video alone.
+
+    Args:
+        sizes: of the backbone.
+        config: the settings.
+
+    Source: Liu et al., STOP: Integrated Spatial-Temporal Dynamic Prompting for Video Understanding, CVPR 2025;
+    Yang et al., DGL: Dynamic Global-Local Prompt Tuning for Text-Video Retrieval, AAAI 2024.
+    """
+
+    def __init__(self, sizes: Sizes, config: Config) -> None:
+        super().__init__()
+        self.prompts = Prompts(sizes, config)
+        self.adapters = nn.ModuleList(
+            Adapter(sizes.vision_width, config.adapter_width, config.adapter_scale)
+            for _ in range(sizes.vision_layers if config.lora else 0)
+        )
+        dynamic = config.temporal_prompt == "group2-2"
+        self.pixels = PixelPrompt(sizes, config) if dynamic else None
+        self.between = FramePrompt(sizes, config) if dynamic else None
+
+    def frame_prompts(self, layer: int, between: Tensor | None) -> Tensor:
+        """``[1 or B, 1 or T, prompts, C]`` of a layer."""
+        own = self.prompts.frame[layer][None, None]
+        return own if between is None else own.to(between.dtype) + between
+
+    def feed(self, block: Block, layer: int, x: Tensor) -> Tensor:
+        """The MLP half with its adapter."""
+        out = block.feed(x)
+        return out + self.adapters[layer](x) if len(self.adapters) else out
+
+    def forward(self, visual: VisionTransformer, video: Tensor, options: ToMe | None) -> tuple[Tensor, Run | None]:
+        """``[B, T, 3, H, W]`` to embeddings ``[B, E]``, and what merged."""
+        batch, frames = video.shape[:2]
+        if self.pixels is not None:
+            video = self.pixels(video.to(visual.conv1.weight.dtype))
+        patches = visual.patches(video.flatten(0, 1))
+        between = None if self.between is None else self.between(patches.unflatten(0, (batch, frames)))
+        x = visual.prepare(patches)
+        run = visual.begin(options, x.shape[1])
+        g = self.prompts.video.to(x.dtype).expand(batch, -1, -1)
+        last = len(visual.transformer.resblocks) - 1
+        for layer, block in enumerate(visual.transformer.resblocks):
+            step = None if run is None else run.step(layer)
+            prompts = self.frame_prompts(layer, between).to(x.dtype)
+            if layer == last:
+                g = self.feed(block, layer, self.attend_last(block, g, x, prompts, step))
+                break
+            g, x = self.attend(block, g, x, prompts, step)
+            x = self.feed(block, layer, x if step is None else step.merge(x))
+            g = self.feed(block, layer, g)
+        return visual.project(g[:, 0]), run
+
+    def attend(self, block: Block, g: Tensor, x: Tensor, prompts: Tensor, step: Step | None) -> tuple[Tensor, Tensor]:
+        """Both attentions: ``[B, G, C]`` prompts of the video and ``[B T, n, C]`` frames, residuals added."""
+        attn, width = block.attn, block.attn.width
+        gs, xs = attn.project(block.ln_1(g)), attn.project(block.ln_1(x))
+        keys = gather_keys(attn, gs[..., width:], attn.project(block.ln_1(prompts), 1), xs[..., width:])
+        k, v = attn.split(keys)
+        (q,) = attn.split(xs[..., :width])
+        before = k.shape[2] - x.shape[1]
+        if step is not None:
+            step.note(k[:, :, before:], v[:, :, before:])
+        size = sizes(step, before)
+        x = x + attn.join(sized(q, k, v, size, step))
+        return g + self.attend_video(attn, gs[..., :width], keys, size, step), x
+
+    def attend_last(self, block: Block, g: Tensor, x: Tensor, prompts: Tensor, step: Step | None) -> Tensor:
+        """The attention half of the first prompt of the video alone, ``[B, 1, C]``."""
+        attn = block.attn
+        gs = block.ln_1(g)
+        query = attn.project(gs[:, :1], 0, 1)
+        keys = gather_keys(
+            attn, attn.project(gs, 1), attn.project(block.ln_1(prompts), 1), attn.project(block.ln_1(x), 1)
+        )
+        size = sizes(step, keys.shape[1] - x.shape[1])
+        return g[:, :1] + self.attend_video(attn, query, keys, size, step)
+
+    def attend_video(
+        self, attn: Attention, query: Tensor, keys: Tensor, size: Tensor | None, step: Step | None
+    ) -> Tensor:
+        """The video's prompts attend to the keys of all frames, among which they themselves are, once per frame."""
+        batch, own = query.shape[0], self.prompts.video.shape[0]
+        groups = keys.shape[0] // batch
+        count = keys.new_ones(groups, keys.shape[1], dtype=torch.float32)
+        count[:, :own] = 1 / groups
+        count = count.view(1, -1)
+        if size is not None:
+            count = count * size.view(batch, -1)
+        (q,) = attn.split(query)
+        k, v = attn.split(keys.view(batch, -1, keys.shape[-1]))
+        return attn.join(sized(q, k, v, count, step))
+
+
+def gather_keys(attn: Attention, g: Tensor, prompts: Tensor, x: Tensor) -> Tensor:
+    """Keys and values ``[B T, G + P + n, 2 C]`` of every frame: the video's prompts, the frame's, its tokens."""
+    batch = g.shape[0]
+    frames = x.shape[0] // batch
+    g = g[:, None].expand(-1, frames, -1, -1).flatten(0, 1)
+    prompts = prompts.expand(batch, frames, -1, -1).flatten(0, 1)
+    return torch.cat([g.to(x.dtype), prompts.to(x.dtype), x], 1)
+
+
+def sizes(step: Step | None, before: int) -> Tensor | None:
+    """fp32 ``[B T, before + n]``: prompts stand for one each."""
+    if step is None or step.size is None or not step.run.options.prop_attn:
+        return None
+    return F.pad(step.size, (before, 0), value=1.0)
+
+
+def sized(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, step: Step | None) -> Tensor:
+    """Attention whose keys weigh by size."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    if size is None:
+        return attention.sdpa(q, k, v, None, scale)
+    form = attention.choose("auto" if step is None else step.run.options.form, q.device, False)
+    return attention.FORMS[form](attention.sdpa, q, k, v, size, None, scale)
