@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
 from vidtok.merge.attach import Merging
 from vidtok.merge.options import ToMe
-from vidtok.models.towers import _attention, clip, qwen
+from vidtok.models.towers import _attention, clip, dinov2, dinov3, internvl, qwen, siglip, videomae, vit
+from vidtok.models.towers._full import recorded
 from vidtok.models.towers._base import Tower
 
-FAMILIES: tuple[Tower, ...] = (*clip.FAMILIES, *qwen.FAMILIES)
+FAMILIES: tuple[Tower, ...] = (
+    *clip.FAMILIES,
+    *siglip.FAMILIES,
+    *dinov2.FAMILIES,
+    *dinov3.FAMILIES,
+    *vit.FAMILIES,
+    *videomae.FAMILIES,
+    *internvl.FAMILIES,
+    *qwen.FAMILIES,
+)
 _BY_CLASS = {name: family for family in FAMILIES for name in family.towers}
 
 
@@ -33,10 +43,13 @@ def locate(model: nn.Module) -> list[tuple[nn.Module, Tower]]:
     return found
 
 
-def merge(tower: nn.Module, family: Tower, options: ToMe, full_length: bool) -> Merging:
-    """Put token merging into a tower."""
+def merge(
+    tower: nn.Module, family: Tower, options: ToMe, full_length: bool, around: Sequence[nn.Module] = ()
+) -> Merging:
+    """Put token merging into a tower; ``around`` are the modules that it is in."""
     blocks = family.find_blocks(tower)
-    full_length = full_length or family.full_length
+    names = [{kind.__name__ for kind in type(module).__mro__} for module in around]
+    full_length = full_length or family.full_length or any(name & set(family.dense) for name in names)
     merging = family.kind(tower, blocks, family.halves, options, family.prefix(tower), full_length)
     undo: list[Callable[[], None]] = []
     try:
@@ -44,6 +57,12 @@ def merge(tower: nn.Module, family: Tower, options: ToMe, full_length: bool) -> 
             undo.extend(_attention.take(attention) for attention in family.attention(block))
         for extra in family.extras:
             undo.append(extra(tower, merging))
+        for head in family.heads:
+            for module, name in zip(around, names, strict=True):
+                if name & set(head.models):
+                    undo.append(head.attach(module, tower, merging))
+        if merging.full_length:
+            undo.append(recorded(tower, merging))
     except BaseException:
         for back in reversed([*merging._back, *undo]):
             back()
@@ -66,7 +85,8 @@ def attach_vision(model: nn.Module, options: Any) -> list[Merging]:
     out: list[Merging] = []
     try:
         for tower, family in found:
-            out.append(merge(tower, family, options, full))
+            around = [m for m in model.modules() if m is not tower and any(part is tower for part in m.modules())]
+            out.append(merge(tower, family, options, full, around))
     except BaseException:
         for merging in out:
             merging.restore()

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -40,6 +41,8 @@ class SizedConfig:
         self.step: Step | None = None
         #: Whether the function that the model was set to runs, which may ask for its own name.
         self.inside = False
+        #: Whether the eager function takes its mask for a factor of the weights.
+        self.factor = False
 
     @property
     def _attn_implementation(self) -> str:
@@ -120,15 +123,27 @@ def sized_attention(
         return out.transpose(1, 2)
 
     out = config.step.attention(
-        query, key, value, mask=attention_mask, scale=scaling, attend=attend, flash="flash" in implementation
-    )
+        query, key, value, mask=attention_mask, scale=scaling, attend=attend,
+        flash="flash" in implementation or (implementation == "eager" and config.factor),
+    )  # fmt: skip
     return out.transpose(1, 2), weights[0]
+
+
+def _is_factor(attention: Any) -> bool:
+    # Eager functions of transformers 4 multiply by a mask of heads.
+    try:
+        function = _base(attention, "eager")
+    except StopIteration:
+        return False
+    one = torch.ones(1, 1, 1, 1)
+    return not function(attention, one, one, one, torch.zeros_like(one), scaling=1.0)[0].any()
 
 
 def take(attention: Any) -> Callable[[], None]:
     """Let an attention module ask a :class:`SizedConfig`; the result takes that back."""
     own = attention.config
     sized = SizedConfig(own)
+    sized.factor = _is_factor(attention)
     attention.config = sized
 
     def back() -> None:
@@ -138,11 +153,11 @@ def take(attention: Any) -> Callable[[], None]:
     return back
 
 
-def call(attention: Any, step: Step, *args: Any, **kwargs: Any) -> Any:
-    """Call an attention module as part of ``step``."""
+def call(attention: Any, step: Step, *args: Any, through: Any = None, **kwargs: Any) -> Any:
+    """Call an attention module, or the one ``through`` which it is called, as part of ``step``."""
     config = attention.config
     config.step = step
     try:
-        return attention(*args, **kwargs)
+        return (attention if through is None else through)(*args, **kwargs)
     finally:
         config.step = None

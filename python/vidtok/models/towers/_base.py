@@ -11,6 +11,7 @@ from torch import nn
 
 from vidtok.merge.attach import Merging
 from vidtok.merge.block import Halves
+from vidtok.models.towers._heads import Head
 
 
 def _one(tower: nn.Module) -> int:
@@ -32,6 +33,8 @@ class Tower:
         extras: what else has to change, such as a pooling head: each is given the tower and its
             :class:`vidtok.merge.Merging` and gives back what undoes it.
         kind: what merges its tokens.
+        heads: models around the tower that pool its tokens.
+        dense: class names of models around the tower that read every token.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Tower:
     full_length: bool = False
     extras: tuple[Callable[[nn.Module, Any], Callable[[], None]], ...] = ()
     kind: type[Merging] = Merging
+    heads: tuple[Head, ...] = ()
+    dense: tuple[str, ...] = ()
 
     def find_blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
         """The blocks of ``tower`` in order."""

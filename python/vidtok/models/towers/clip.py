@@ -9,20 +9,25 @@ from torch import Tensor, nn
 from vidtok.merge.run import Step
 from vidtok.models.towers._attention import call
 from vidtok.models.towers._base import Tower
+from vidtok.models.towers._heads import Head, mean
+from vidtok.models.towers._masks import follow, real
 
 
 class PreNorm:
     """``x + attention(norm1(x))``, then ``x + mlp(norm2(x))``."""
 
-    def attend(self, block: Any, x: Tensor, step: Step, *args: Any, **kwargs: Any) -> Any:
+    def real(self, x: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
+        return real(x, attention_mask)
+
+    def attend(self, block: Any, x: Tensor, step: Step, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         # In 4.57 the masks and output_attentions come by position, and a tuple is returned.
-        names = ("attention_mask", "causal_attention_mask", "output_attentions")
-        out = call(
-            block.self_attn, step, hidden_states=block.layer_norm1(x), **dict(zip(names, args, strict=False)), **kwargs
-        )
+        tuples = bool(args) or "causal_attention_mask" in kwargs
+        kwargs |= dict(zip(("causal_attention_mask", "output_attentions"), args, strict=False))
+        mask = follow(step, attention_mask)
+        out = call(block.self_attn, step, hidden_states=block.layer_norm1(x), attention_mask=mask, **kwargs)
         x = x + out[0]
-        if "output_attentions" in kwargs or len(args) > 1 or "causal_attention_mask" in kwargs:
-            return (x, out[1]) if kwargs.get("output_attentions", len(args) > 2 and args[2]) else (x,)
+        if tuples:
+            return (x, out[1]) if kwargs.get("output_attentions") else (x,)
         return x
 
     def feed(self, block: Any, x: Tensor) -> Tensor:
@@ -40,5 +45,6 @@ FAMILIES = (
         ("encoder.layers", "vision_model.encoder.layers"),
         PreNorm(),
         attention,
+        heads=(Head(("CLIPForImageClassification",), "classifier", mean),),
     ),
 )
