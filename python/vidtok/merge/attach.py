@@ -56,7 +56,13 @@ class Merging:
         self.run: Run | None = None
         self._again: Run | None = None
         _forget_compiled()
-        self._back: list[Callable[[], None]] = [swap(block, self, i) for i, block in enumerate(blocks)]
+        self._back: list[Callable[[], None]] = []
+        try:
+            for i, block in enumerate(blocks):
+                self._back.append(swap(block, self, i))
+        except BaseException:
+            self.restore()
+            raise
 
     @property
     def active(self) -> bool:
@@ -71,7 +77,9 @@ class Merging:
             _check.fail(f"a block of {type(self.tower).__name__} to be called with its tokens first", repr(x)[:60])
         if recomputing():
             # A checkpoint over several blocks keeps the tokens of the first alone.
-            run = recall(x, self) or (self.begin(x, self._real(args, kwargs)) if index == 0 else self._again or self.run)
+            run = recall(x, self)
+            if run is None:
+                run = self.begin(x, self._real(args, kwargs)) if index == 0 else self._again or self.run
             if run is None:
                 raise ValueError(self._order(index, "without a forward pass"))
             self._again = run
@@ -94,7 +102,7 @@ class Merging:
         return None if real is None else real(*args, **kwargs)
 
     def begin(self, x: Tensor, real: Tensor | None = None) -> Run:
-        """The run of a pass whose first block gets ``x`` ``[B, T, C]``, of which bool ``real`` ``[B, T]`` is not padding."""
+        """The run of a pass whose first block gets ``x`` ``[B, T, C]``; bool ``real`` ``[B, T]`` is no padding."""
         batch, tokens = x.shape[0], x.shape[-2]
         own, keep = self.options.protected, self.options.trace or self.full_length
         protected: int | Tensor
@@ -130,9 +138,13 @@ class Merging:
                 "got a pass without it"
             )
         x = self.halves.feed(block, step.merge(x))
-        if self.full_length and index == self.layers - 1:
-            x = unmerge(run.plan(), x)
+        if index == self.layers - 1:
+            x = self.leave(run, x)
         return x if rest is None else (x, *rest)
+
+    def leave(self, run: Run, x: Tensor) -> Tensor:
+        """What the tower gives of what comes out of the last block."""
+        return unmerge(run.plan(), x) if self.full_length else x
 
     # ------------------------------------------------------------------ afterwards
     @property

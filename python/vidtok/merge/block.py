@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
+from vidtok.merge.instance import plain, redirect
 from vidtok.merge.run import Run, Step
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def merging_class(kind: type[nn.Module]) -> type[nn.Module]:
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             # Copies and pickles are of the class underneath.
-            return _empty, (kind,), {key: value for key, value in vars(self).items() if key != "_vidtok"}
+            state = {key: value for key, value in vars(self).items() if key != "_vidtok"}
+            return _empty, (kind,), plain(state, self, Merged, kind)
 
     Merged.__name__, Merged.__qualname__, Merged.__module__ = kind.__name__, kind.__qualname__, kind.__module__
     return Merged
@@ -74,10 +76,13 @@ def swap(block: Any, owner: Merging, index: int) -> Callable[[], None]:
     kind: Any = type(block)
     # The first parameter of a forward is its tokens; many libraries call it hidden_states and pass it by name.
     tokens = next(iter(list(inspect.signature(kind.forward).parameters)[1:]), "hidden_states")
+    merged: Any = merging_class(kind)
+    undo = redirect(block, kind, merged)
     block._vidtok = Slot(owner, index, tokens)
-    block.__class__ = merging_class(kind)
+    block.__class__ = merged
 
     def back() -> None:
+        undo()
         block.__class__ = kind
         del block._vidtok
 

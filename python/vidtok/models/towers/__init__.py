@@ -10,8 +10,8 @@ from torch import nn
 from vidtok.merge.attach import Merging
 from vidtok.merge.options import ToMe
 from vidtok.models.towers import _attention, clip, dinov2, dinov3, internvl, qwen, siglip, videomae, vit
-from vidtok.models.towers._full import recorded
 from vidtok.models.towers._base import Tower
+from vidtok.models.towers._full import recorded
 
 FAMILIES: tuple[Tower, ...] = (
     *clip.FAMILIES,
