@@ -80,7 +80,7 @@ check-isa: install
 
 # A static pattern: make looks for no implicit rule of a phony target, and would call it done.
 $(filter check-transformers-%,$(addprefix check-,$(CHECKS))): check-transformers-%: install
-	$(TIMED) transformers-$* 4 env $(HF_OFFLINE) scripts/with_transformers $* $(PYTHON) tests/models tests/systems tests/training
+	$(TIMED) transformers-$* 4 env $(HF_OFFLINE) scripts/with_transformers $* $(PYTHON) --families core tests/models tests/systems tests/training
 
 check-asan: venv
 	$(TIMED) asan 8 scripts/asan $(PYTHON) tests/ops
@@ -106,6 +106,7 @@ check-slow: install
 bench: install
 	$(PYTHON) -m bench $(BENCH_ARGS)
 	$(if $(BENCH_ARGS),,$(PYTHON) -m bench.decoder)
+	$(if $(BENCH_ARGS),,$(PYTHON) -m bench.vision)
 
 clean:
 	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache python/*.egg-info python/vidtok/_C.*.so python/vidtok/_cuda.*.so

@@ -25,6 +25,30 @@ def usable_isas() -> list[str]:
     return list(info.get("isa_usable", []))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--families", choices=("all", "core"), default="all", help="video families of tests/models/zoo that are tried"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--families") == "all":
+        return
+    from vidtok.models import families
+
+    core = {*families.CORE, "llava_onevision", "internvl", "qwen2", "llama"}
+    others = {name for name in families.FAMILIES if name not in core}
+    left = [item for item in items if any(value in others for value in _values(item))]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
+
+
+def _values(item: pytest.Item) -> list[str]:
+    spec = getattr(item, "callspec", None)
+    return [] if spec is None else [value for value in spec.params.values() if isinstance(value, str)]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # Parametrised here, so that a build without the extension collects no instruction set instead of failing.
     if "isa" in metafunc.fixturenames:
