@@ -3,8 +3,23 @@
 from vidtok.merge.attach import Merging
 from vidtok.merge.block import Halves
 from vidtok.merge.custom import attach_any
+from vidtok.merge.frames import FrameMerging, FramePositions
 from vidtok.merge.options import ToMe
 from vidtok.merge.run import Step, unmerge, weighted_mean
 from vidtok.merge.schedule import Schedule, inflected
+from vidtok.merge.tempme import TempMe
 
-__all__ = ["Halves", "Merging", "Schedule", "Step", "ToMe", "attach_any", "inflected", "unmerge", "weighted_mean"]
+__all__ = [
+    "FrameMerging",
+    "FramePositions",
+    "Halves",
+    "Merging",
+    "Schedule",
+    "Step",
+    "TempMe",
+    "ToMe",
+    "attach_any",
+    "inflected",
+    "unmerge",
+    "weighted_mean",
+]

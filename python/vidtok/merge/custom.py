@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vidtok import _check
 from vidtok.merge.attach import Merging
 from vidtok.merge.block import Halves
+from vidtok.merge.frames import kind_of
 from vidtok.merge.options import ToMe
 from vidtok.merge.spec import resolve
 
@@ -128,4 +129,5 @@ def attach_any(
         _check.fail("protected as an integer of at least 0 or a bool tensor", repr(protected))
     else:
         prefix = protected
-    return Merging(module, _blocks(module, blocks), own, options, prefix, full_length)
+    kind = kind_of(Merging, options, module)
+    return kind(module, _blocks(module, blocks), own, options, prefix, full_length)

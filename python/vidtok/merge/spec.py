@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vidtok.merge.options import ToMe
+from vidtok.merge.tempme import TempMe
 from vidtok.spec import _NAME, SpecError, _fail, _nearest, _split, _value
 
 METHODS: dict[str, tuple[type, dict[str, str]]] = {
@@ -14,6 +15,24 @@ METHODS: dict[str, tuple[type, dict[str, str]]] = {
             "r": "schedule",
             "ratio": "float",
             "k": "int",
+            "metric": "word",
+            "prop_attn": "bool",
+            "protected": "int",
+            "trace": "bool",
+            "form": "word",
+        },
+    ),
+    "tempme": (
+        TempMe,
+        {
+            "frames": "int",
+            "r": "schedule",
+            "merge_layers": "schedule",
+            "merge_frames": "schedule",
+            "cross": "float",
+            "intra": "float",
+            "frame_pos": "bool",
+            "output": "word",
             "metric": "word",
             "prop_attn": "bool",
             "protected": "int",
@@ -58,4 +77,6 @@ def resolve(merge: Any) -> Any:
         return parse(merge)
     if isinstance(merge, tuple(kind for kind, _ in METHODS.values())):
         return merge
-    raise TypeError(f"expected a spec string such as 'tome:r=8' or a vidtok.merge.ToMe, got {merge!r}")
+    raise TypeError(
+        f"expected a spec string such as 'tome:r=8', or vidtok.merge.ToMe or TempMe options, got {merge!r}"
+    )
