@@ -65,7 +65,7 @@ def recorded(tower: nn.Module, merging: Merging) -> Callable[[], None]:
     """Give every token in the hidden states that the tower's output records."""
 
     def spread(states: Any) -> Any:
-        return tuple(_full(merging, i, x) for i, x in enumerate(states))
+        return tuple(x if x is None else _full(merging, i, x) for i, x in enumerate(states))
 
     def after(module: nn.Module, args: Any, out: Any) -> Any:
         states = getattr(out, "hidden_states", None)

@@ -24,8 +24,15 @@ class Packed:
         return x + block.mlp(block.norm2(x))
 
 
-def attention(block: nn.Module) -> list[Any]:
-    return [block.attn]
+class PackedPreNorm:
+    """The same where the parts are named as CLIP's, and attention may return its weights too."""
+
+    def attend(self, block: Any, x: Tensor, step: Step, *args: Any, **kwargs: Any) -> Any:
+        out = call(block.self_attn, step, block.layer_norm1(x), *args, **kwargs)
+        return x + (out[0] if isinstance(out, tuple) else out)
+
+    def feed(self, block: Any, x: Tensor) -> Tensor:
+        return x + block.mlp(block.layer_norm2(x))
 
 
 def none(tower: nn.Module) -> int:
@@ -38,26 +45,48 @@ def deepstack(tower: Any, merging: Any) -> Callable[[], None]:
     return read_after(mergers, list(getattr(tower, "deepstack_visual_indexes", ()))[: len(mergers)], merging)
 
 
-def _tower(name: str, *towers: str) -> Tower:
-    return Tower(
-        name, towers, ("blocks",), Packed(), attention, none, full_length=True, extras=(deepstack,), kind=PackedMerging
+def _attn(block: Any) -> list[Any]:
+    return [block.attn]
+
+
+def _self_attn(block: Any) -> list[Any]:
+    return [block.self_attn]
+
+
+_BLOCKS = ("blocks", "layers", "encoder.layers")
+
+
+def _tower(name: str, tower: str) -> Tower:
+    options: Any = {"full_length": True, "extras": (deepstack,), "kind": PackedMerging}
+    if name in ("video_llama_3", "cosmos3_edge"):
+        return Tower(name, (tower,), _BLOCKS, PackedPreNorm(), _self_attn, none, **options)
+    return Tower(name, (tower,), _BLOCKS, Packed(), _attn, none, **options)
+
+
+FAMILIES = tuple(
+    _tower(name, tower)
+    for name, tower in (
+        ("qwen2_vl", "Qwen2VisionTransformerPretrainedModel"),
+        ("qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel"),
+        ("qwen2_5_omni", "Qwen2_5OmniVisionEncoder"),
+        ("qwen3_vl", "Qwen3VLVisionModel"),
+        ("qwen3_vl_moe", "Qwen3VLMoeVisionModel"),
+        ("qwen3_omni_moe", "Qwen3OmniMoeVisionEncoder"),
+        ("qwen3_5", "Qwen3_5VisionModel"),
+        ("qwen3_5_moe", "Qwen3_5MoeVisionModel"),
+        ("qwen4_exp", "Qwen4ExpVisionModel"),
+        ("glm4v", "Glm4vVisionModel"),
+        ("glm4v_moe", "Glm4vMoeVisionModel"),
+        ("glm_ocr", "GlmOcrVisionModel"),
+        ("glm5_next", "Glm5NextVisionModel"),
+        ("exaone4_5", "Exaone4_5_VisionModel"),
+        ("ernie4_5_vl_moe", "Ernie4_5_VLMoeVisionTransformerPretrainedModel"),
+        ("cohere_compass", "CohereCompassVisionModel"),
+        ("cosmos3_edge", "Cosmos3EdgeVisionModel"),
+        ("dots3_note", "Dots3NoteVisionModel"),
+        ("kimi_k25", "Kimi_K25VisionModel"),
+        ("muse_glimmer", "MuseGlimmerVisionModel"),
+        ("muse_spark", "MuseSparkVisionModel"),
+        ("video_llama_3", "VideoLlama3VisionModel"),
     )
-
-
-FAMILIES = (
-    _tower("qwen2_vl", "Qwen2VisionTransformerPretrainedModel"),
-    _tower("qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel"),
-    _tower("qwen2_5_omni", "Qwen2_5OmniVisionEncoder"),
-    _tower("qwen3_vl", "Qwen3VLVisionModel"),
-    _tower("qwen3_vl_moe", "Qwen3VLMoeVisionModel"),
-    _tower("qwen3_omni_moe", "Qwen3OmniMoeVisionEncoder"),
-    _tower("qwen3_5", "Qwen3_5VisionModel"),
-    _tower("qwen3_5_moe", "Qwen3_5MoeVisionModel"),
-    _tower("qwen4_exp", "Qwen4ExpVisionModel"),
-    _tower("glm4v", "Glm4vVisionModel"),
-    _tower("glm4v_moe", "Glm4vMoeVisionModel"),
-    _tower("glm_ocr", "GlmOcrVisionModel"),
-    _tower("glm5_next", "Glm5NextVisionModel"),
-    _tower("exaone4_5", "Exaone4_5_VisionModel"),
-    _tower("ernie4_5_vl_moe", "Ernie4_5_VLMoeVisionTransformerPretrainedModel"),
 )
