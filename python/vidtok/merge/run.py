@@ -59,6 +59,11 @@ class Step:
         self.noted = False
 
     @property
+    def idle(self) -> bool:
+        """Whether the block merges nothing and its tokens all stand for themselves: the attention may be as it was."""
+        return self.run.merges[self.index] <= 0 and self.size is None
+
+    @property
     def silent(self) -> bool:
         """Whether the attention half has not reported what merging and weighing by size need."""
         run = self.run

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from vidtok.merge.attach import Merging
+from vidtok.merge.frames import kind_of
 from vidtok.merge.options import ToMe
-from vidtok.models.towers import _attention, clip, dinov2, dinov3, internvl, qwen, siglip, videomae, vit
+from vidtok.models import versions
+from vidtok.models.towers import (
+    _attention,
+    clip,
+    dinov2,
+    dinov3,
+    internvl,
+    open_clip,
+    qwen,
+    siglip,
+    timm,
+    videomae,
+    vit,
+)
 from vidtok.models.towers._base import Tower
 from vidtok.models.towers._full import recorded
 
@@ -22,13 +36,19 @@ FAMILIES: tuple[Tower, ...] = (
     *videomae.FAMILIES,
     *internvl.FAMILIES,
     *qwen.FAMILIES,
+    *timm.FAMILIES,
+    *open_clip.FAMILIES,
 )
-_BY_CLASS = {name: family for family in FAMILIES for name in family.towers}
+_BY_CLASS = {(family.package, name): family for family in FAMILIES for name in family.towers}
 
 
 def family_of(module: nn.Module) -> Tower | None:
     """The family of a tower, by the name of its class or of one it derives from."""
-    return next((_BY_CLASS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _BY_CLASS), None)
+    for kind in type(module).__mro__:
+        for package in ("", kind.__module__.partition(".")[0]):
+            if (package, kind.__name__) in _BY_CLASS:
+                return _BY_CLASS[package, kind.__name__]
+    return None
 
 
 def locate(model: nn.Module) -> list[tuple[nn.Module, Tower]]:
@@ -43,14 +63,27 @@ def locate(model: nn.Module) -> list[tuple[nn.Module, Tower]]:
     return found
 
 
+def _relied(tower: nn.Module, family: Tower, around: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """The modules whose forwards merging relies on."""
+    yield tower
+    for block in family.find_blocks(tower):
+        yield from (block, *family.attention(block))
+        yield from (part for name, part in block.named_children() if name == "attention")
+    yield from (part for name, part in tower.named_modules() if name.rsplit(".", 1)[-1] == "head")
+    known = {*family.dense, *(name for head in family.heads for name in head.models)}
+    yield from (module for module in around if known & {kind.__name__ for kind in type(module).__mro__})
+
+
 def merge(
     tower: nn.Module, family: Tower, options: ToMe, full_length: bool, around: Sequence[nn.Module] = ()
 ) -> Merging:
     """Put token merging into a tower; ``around`` are the modules that it is in."""
     blocks = family.find_blocks(tower)
+    versions.check_tower(_relied(tower, family, around))
     names = [{kind.__name__ for kind in type(module).__mro__} for module in around]
     full_length = full_length or family.full_length or any(name & set(family.dense) for name in names)
-    merging = family.kind(tower, blocks, family.halves, options, family.prefix(tower), full_length)
+    kind = kind_of(family.kind, options, tower)
+    merging = kind(tower, blocks, family.halves, options, family.prefix(tower), full_length)
     undo: list[Callable[[], None]] = []
     try:
         for block in blocks:

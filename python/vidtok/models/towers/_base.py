@@ -35,6 +35,7 @@ class Tower:
         kind: what merges its tokens.
         heads: models around the tower that pool its tokens.
         dense: class names of models around the tower that read every token.
+        package: the package whose class it has to be, where others have classes of these names.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Tower:
     kind: type[Merging] = Merging
     heads: tuple[Head, ...] = ()
     dense: tuple[str, ...] = ()
+    package: str = ""
 
     def find_blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
         """The blocks of ``tower`` in order."""
