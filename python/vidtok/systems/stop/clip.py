@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +21,13 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks in order."""
+        return cast("list[Block]", list(self.resblocks))
+
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        for block in self.resblocks:
+        for block in self.blocks:
             x = block(x, causal)
         return x
 
@@ -70,7 +77,7 @@ class VisionTransformer(nn.Module):
         """``[N, 3, H, W]`` to embeddings ``[N, E]``, and what merged."""
         x = self.prepare(self.patches(pixels))
         run = self.begin(options, x.shape[1])
-        *blocks, last = self.transformer.resblocks
+        *blocks, last = self.transformer.blocks
         for index, block in enumerate(blocks):
             step = None if run is None else run.step(index)
             x = block.attend(x, step)

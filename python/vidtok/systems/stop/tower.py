@@ -73,7 +73,7 @@ class Stop(nn.Module):
         run = visual.begin(options, x.shape[1])
         g = self.prompts.video.to(x.dtype).expand(batch, -1, -1)
         last = len(visual.transformer.resblocks) - 1
-        for layer, block in enumerate(visual.transformer.resblocks):
+        for layer, block in enumerate(visual.transformer.blocks):
             step = None if run is None else run.step(layer)
             prompts = self.frame_prompts(layer, between).to(x.dtype)
             if layer == last:
