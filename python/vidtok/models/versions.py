@@ -171,11 +171,11 @@ def _foreign(function: Any) -> bool:
     return False
 
 
-def relied(places: Places) -> tuple[dict[str, str | None], list[str]]:
-    """Names of what the hooks of these modules rely on with fingerprints, and what was replaced."""
+def forwards(parts: Iterable[nn.Module]) -> tuple[dict[str, str | None], list[str]]:
+    """Names of the forwards of these modules with fingerprints, and which were replaced."""
     found: dict[str, str | None] = {}
     replaced: dict[str, None] = {}
-    for module in modules(places):
+    for module in parts:
         cls: Any = type(module)
         # accelerate keeps the forward that its own calls.
         own = vars(module).get("forward")
@@ -193,6 +193,12 @@ def relied(places: Places) -> tuple[dict[str, str | None], list[str]]:
             replaced[f"{cls.__name__}.forward"] = None
         else:
             found[name] = _known(name, function)
+    return found, list(replaced)
+
+
+def relied(places: Places) -> tuple[dict[str, str | None], list[str]]:
+    """Names of what the hooks of these modules rely on with fingerprints, and what was replaced."""
+    found, replaced = forwards(modules(places))
     for where, names in SHARED.items():
         place = importlib.import_module(f"transformers.{where}")
         for name in names:
@@ -200,15 +206,14 @@ def relied(places: Places) -> tuple[dict[str, str | None], list[str]]:
             if thing is None:
                 continue
             if not isinstance(thing, type) and _foreign(thing):
-                replaced[f"{where}.{name}"] = None
+                replaced.append(f"{where}.{name}")
             else:
                 found[f"{where}.{name}"] = _known(f"{where}.{name}", thing)
-    return found, list(replaced)
+    return found, replaced
 
 
-def _difference(found: dict[str, str | None], record: dict[str, str], same: bool) -> list[str]:
+def _difference(found: dict[str, str | None], record: dict[str, str], same: bool, shared: set[str]) -> list[str]:
     """Names that are not as in the record; on the recorded version itself, what it does not know is as it was."""
-    shared = {f"{where}.{name}" for where, names in SHARED.items() for name in names}
     gone = [f"{name} is gone" for name in sorted(shared) if name in record and name not in found]
     changed = []
     for name, value in found.items():
@@ -230,14 +235,24 @@ def check(places: Places) -> None:
     Raises:
         ValueError: naming the supported versions and what differs.
     """
-    found, replaced = relied(places)
+    shared = {f"{where}.{name}" for where, names in SHARED.items() for name in names}
+    _judge(*relied(places), shared)
+
+
+def check_tower(parts: Iterable[nn.Module]) -> None:
+    """Raise unless the forwards of a vision tower's modules are as in a supported version; see :func:`check`."""
+    ours = (m for m in parts if any(c.__module__.startswith("transformers.") for c in type(m).__mro__))
+    _judge(*forwards(ours), set())
+
+
+def _judge(found: dict[str, str | None], replaced: list[str], shared: set[str]) -> None:
     version = installed()
     if replaced:
         _refuse(f"got {_few(replaced)} replaced from outside of it")
         return
     table = records()
     tried = (version,) if version in table else tuple(reversed(SUPPORTED))
-    differences = [_difference(found, table[known], known == version) for known in tried]
+    differences = [_difference(found, table[known], known == version, shared) for known in tried]
     best = min(differences, key=len)
     if best:
         closest = tried[differences.index(best)]
@@ -254,6 +269,6 @@ def _few(names: Iterable[str], most: int = 3) -> str:
 def _refuse(got: str) -> None:
     message = f"expected transformers {', '.join(SUPPORTED)} or one with the same forwards, masks and caches, {got}"
     if os.environ.get(_OVERRIDE) == "1":
-        warnings.warn(f"{message}; going on, because {_OVERRIDE}=1", UserWarning, stacklevel=4)
+        warnings.warn(f"{message}; going on, because {_OVERRIDE}=1", UserWarning, stacklevel=5)
         return
     raise ValueError(f"{message} ({_OVERRIDE}=1 goes on at your own risk)")
