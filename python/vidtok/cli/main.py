@@ -167,6 +167,9 @@ def _app() -> Any:
 
         raise typer.Exit(command.main(sm))
 
+    from vidtok.cli.retrieval_options import add_commands
+
+    add_commands(app)
     return app
 
 

@@ -144,7 +144,8 @@ class FrameCache:
         self._added = 0
         files = []
         for entry in os.scandir(self.folder):
-            if entry.name.endswith(".frames"):
+            # Files that a writer which died never named count too.
+            if entry.name.endswith(".frames") or entry.name.startswith(".new-"):
                 try:
                     stat = entry.stat()
                 except FileNotFoundError:

@@ -139,6 +139,7 @@ class FrameLoader:
             VideoError: in one sentence, when the file cannot be read.
         """
         rule, key = self.rule, ""
+        made: dict[int, Tensor] = {}
         rng = random.Random(repr(seed)) if rule.shift or rule.order == "random" else None
         if self.cache is not None:
             try:
@@ -149,8 +150,9 @@ class FrameLoader:
             if facts is not None and _sound(facts):
                 numbers = self._numbers(facts["candidates"], rng)
                 _, kept = self.cache.get(key, numbers, rule.size)
-                if len(kept) == len(set(numbers)):
-                    return self._stack([torch.from_numpy(kept[n].copy()) for n in numbers])
+                made = {n: torch.from_numpy(f.copy()) for n, f in kept.items()}
+                if len(made) == len(set(numbers)):
+                    return self._stack([made[n] for n in numbers])
                 rng = random.Random(repr(seed)) if rng is not None else None
         with VideoReader(
             clip.path, backend=self.backend, num_threads=1, isolate=self.isolate, limits=self.limits
@@ -158,13 +160,13 @@ class FrameLoader:
             candidates = _candidates(video, clip.span, rule.rate)
             numbers = self._numbers(candidates, rng)
             height, width, top, left = crop_box(video.height, video.width, rule.size)
-            order = sorted(set(numbers))
-            made: dict[int, Tensor] = {}
-            for part in video.read(order, chunk=8, size=(height, width)):
+            fresh: dict[int, Tensor] = {}
+            for part in video.read(sorted(set(numbers) - set(made)), chunk=8, size=(height, width)):
                 cut = part.frames[:, :, top : top + rule.size, left : left + rule.size]
-                made.update(zip(part.numbers, cut))
+                fresh.update(zip(part.numbers, cut))
         if self.cache is not None:
-            self.cache.add(key, {"candidates": candidates}, {n: f.numpy() for n, f in made.items()})
+            self.cache.add(key, {"candidates": candidates}, {n: f.numpy() for n, f in fresh.items()})
+        made.update(fresh)
         return self._stack([made[n] for n in numbers])
 
     def _numbers(self, candidates: Sequence[Any], rng: random.Random | None) -> list[int]:
