@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.row import RESULTS, ROOT, Row, read
@@ -12,6 +13,8 @@ from bench.row import RESULTS, ROOT, Row, read
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 GPU_MARKS = ("<!-- gpu:begin -->", "<!-- gpu:end -->")
 DECODER_MARKS = ("<!-- decoder:begin -->", "<!-- decoder:end -->")
+VISION_MARKS = ("<!-- vision:begin -->", "<!-- vision:end -->")
+NO_VISION = "Not yet measured.\n"
 NO_DECODER = "Not yet measured.\n"
 NO_GPU = "The GPU kernels are not yet measured on a GPU, and nothing is claimed about their speed.\n"
 README = ROOT / "README.md"
@@ -170,19 +173,67 @@ def decoder_table(rows: list[Row]) -> list[str]:
 
 def decoder_block() -> str:
     """The README's block of whole decoders: the newest CPU run, and every card with results."""
-    found = sorted((read(p)[0].timestamp, p) for p in RESULTS.glob("decoder-*.csv"))
+    return _whole("decoder", decoder_table) or NO_DECODER
+
+
+def _whole(name: str, table_of: Callable[[list[Row]], list[str]]) -> str:
+    """Tables of the newest CPU run of a program, and of every card with results of it."""
+    found = sorted((read(p)[0].timestamp, p) for p in RESULTS.glob(f"{name}-*.csv"))
     lines: list[str] = []
-    for path in [p for _, p in found[-1:]] + sorted(RESULTS.glob("*/decoder.csv")):
+    for path in [p for _, p in found[-1:]] + sorted(RESULTS.glob(f"*/{name}.csv")):
         rows = read(path)
         first = rows[0]
         lines += [
             f"{first.machine}; {first.versions}; {f'commit {first.commit}, ' if first.commit else ''}"
             f"{first.timestamp[:10]}. [All numbers]({path.relative_to(ROOT).as_posix()}).",
             "",
-            *decoder_table([r for r in rows if r.metric == "model"]),
+            *table_of([r for r in rows if r.metric == "model"]),
             "",
         ]
-    return "\n".join(lines) if lines else NO_DECODER
+    return "\n".join(lines)
+
+
+def vision_table(rows: list[Row]) -> list[str]:
+    """One line per tower and r, then one per training step."""
+    cases: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(row.case, {})[row.label] = row
+    others = [
+        name for name in ("over published", "over careful", "over compiled") if any(name in c for c in cases.values())
+    ]
+    lines = [
+        f"| vision tower | speed-up | ideal | of the ideal | {' | '.join(others)} | missed |",
+        f"|---|--:|--:|--:|{'--:|' * len(others)}---|",
+    ]
+    for case, found in cases.items():
+        if "speed-up" in found:
+            ideal = found["speed-up"].speedup
+            cells = [f"{found[name].p50:.3g}×" if name in found else "" for name in others]
+            share = f"{found['of the ideal'].p50:.3g}" if "of the ideal" in found else ""
+            lines.append(
+                f"| {case} | {found['speed-up'].p50:.3g}× | {ideal:.3g}× | {share} | {' | '.join(cells)} | "
+                f"{', '.join(f'{r.label} {r.target}' for r in found.values() if r.reached.startswith('no'))} |"
+            )
+    return lines + _table_of_steps([c for c in cases.values() if "saved for backward" in c])
+
+
+def _table_of_steps(cases: list[dict[str, Row]]) -> list[str]:
+    if not cases:
+        return []
+    lines = [
+        "",
+        "| memory | of plain: saved for backward | peak of a step | target | reached |",
+        "|---|--:|--:|---|---|",
+    ]
+    for found in cases:
+        saved, peak = found["saved for backward"], found["peak of a step"]
+        lines.append(f"| {saved.case} | {saved.p50:.3g} | {peak.p50:.3g} | {peak.target} | {peak.reached} |")
+    return lines
+
+
+def vision_block() -> str:
+    """The README's block of whole vision towers: the newest CPU run, and every card with results."""
+    return _whole("vision", vision_table) or NO_VISION
 
 
 def filled(text: str, block: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
@@ -197,7 +248,8 @@ def filled(text: str, block: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
 def wanted(path: Path) -> str:
     """The README as the committed results have it."""
     text = filled(filled(README.read_text(), render(path)), gpu_block(), GPU_MARKS)
-    return filled(text, decoder_block(), DECODER_MARKS)
+    text = filled(text, decoder_block(), DECODER_MARKS)
+    return filled(text, vision_block(), VISION_MARKS)
 
 
 def update(path: Path) -> None:

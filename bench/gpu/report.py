@@ -40,10 +40,11 @@ def main(folder: str) -> int:
             continue
         rows = read(path)
         machine = next((f"{r.machine}; {r.versions}; commit {r.commit}" for r in rows), "")
-        if path.stem == "decoder":
-            from bench.readme import decoder_table
+        if path.stem in ("decoder", "vision"):
+            from bench.readme import decoder_table, vision_table
 
-            path.with_suffix(".md").write_text("\n".join([f"# {machine}", "", *decoder_table(rows), ""]))
+            lines = (decoder_table if path.stem == "decoder" else vision_table)(rows)
+            path.with_suffix(".md").write_text("\n".join([f"# {machine}", "", *lines, ""]))
             continue
         rates = [f"- {r.label}: {r.p50:.4g} {r.unit}" for r in rows if r.metric == "rate"]
         path.with_suffix(".md").write_text("\n".join([f"# {machine}", "", *rates, "", *table(rows), ""]))

@@ -92,7 +92,7 @@ stage "tests" 150 "${test[@]}" -n "$workers" tests/gpu
 stage "bench cuda" 170 "$python" -m bench.gpu --backend cuda --seconds 140 ${dry[@]+"${dry[@]}"} --out "$out/cuda.csv"
 stage "plots" 30 "$python" -m bench.gpu.report "$out"
 stage "bench triton" 60 "$python" -m bench.gpu --backend triton --no-compile --seconds 45 ${dry[@]+"${dry[@]}"} --out "$out/triton.csv"
-# A whole decoder needs transformers, which the other stages do without.
+# Whole models need transformers, which the other stages do without.
 where=$([ -n "${DRY:-}" ] && echo cpu || echo cuda)
 if "$python" -c "import transformers" 2>/dev/null; then
   stage "decoder" 100 "$python" -m bench.decoder --device "$where" ${dry[@]+--tiny} --out "$out/decoder.csv"
@@ -103,6 +103,9 @@ for ptx in ${others[@]+"${others[@]}"}; do
 done
 wait
 [ -n "${DRY:-}" ] || stage "tune" 90 "$python" -m vidtok tune --minutes 1 --out "$out/tuning.json"
+if "$python" -c "import transformers" 2>/dev/null; then
+  stage "vision" 70 "$python" -m bench.vision --device "$where" ${dry[@]+--tiny} --out "$out/vision.csv"
+fi
 for tool in memcheck racecheck; do
   command -v compute-sanitizer >/dev/null && [ -z "${DRY:-}" ] || break
   stage "sanitizer $tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
