@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -174,14 +175,16 @@ def maps(merging: Any) -> Callable[..., Any]:
     """Name what is wrong where feature maps are asked for, which need every token of every block."""
 
     def forward_intermediates(tower: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(own).bind(*args, **kwargs)
+        given.apply_defaults()
+        wrong = "expected forward_intermediates(output_fmt='NLC') where tokens merge, got 'NCHW', maps of all of them"
         try:
-            return own(*args, **kwargs)
+            out = own(*args, **kwargs)
         except RuntimeError as error:
-            if sizes(merging) is None:
-                raise
-            raise ValueError(
-                "expected forward_intermediates with output_fmt='NLC' where tokens merge, got a map of all of them"
-            ) from error
+            raise ValueError(wrong) if sizes(merging) is not None else error from None
+        if given.arguments["output_fmt"] == "NCHW" and sizes(merging) is not None:
+            raise ValueError(wrong)
+        return out
 
     return forward_intermediates
 
