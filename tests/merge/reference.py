@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 
-def groups(metric: Tensor, r: int, protected: int) -> list[list[int]]:
-    """The tokens of one sequence that become one each after ``r`` merges, of each group the destination first."""
+def match(metric: Tensor, r: int, protected: int | Collection[int]) -> tuple[list[int], dict[int, int]]:
+    """Which of the tokens of one sequence are left, in their new order, and where each of the others goes."""
     tokens = metric.shape[0]
-    sources = [i for i in range(0, tokens, 2) if i >= protected]
-    targets = [i for i in range(1, tokens, 2) if i >= protected]
-    r = min(r, (tokens - protected) // 2, len(sources)) if targets else 0
+    held = set(range(protected) if isinstance(protected, int) else protected)
+    sources = [i for i in range(0, tokens, 2) if i not in held]
+    targets = [i for i in range(1, tokens, 2) if i not in held]
+    r = min(r, (tokens - len(held)) // 2, len(sources)) if targets else 0
     if r <= 0:
-        return [[i] for i in range(tokens)]
+        return list(range(tokens)), {}
     unit = metric / metric.norm(dim=-1, keepdim=True)
-    table = (unit[sources] @ unit[targets].T).detach().double().mul(2**20).round().tolist()
     best = []
-    for source, cosines in zip(sources, table, strict=True):
+    for source in sources:
+        cosines = [round(float(unit[source] @ unit[target]) * 2**20) for target in targets]
         top = max(cosines)
         best.append((-top, source, targets[cosines.index(top)]))
     gone = {source: target for _, source, target in sorted(best)[:r]}
-    order = [i for i in range(protected) if i not in gone]
-    order += [i for i in sources if i not in gone] + targets
-    return [[i, *(source for source, target in gone.items() if target == i)] for i in order]
+    return sorted(held) + [i for i in sources if i not in gone] + targets, gone
 
 
-def merge(x: Tensor, metric: Tensor, size: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor]:
+def merge(x: Tensor, metric: Tensor, size: Tensor, r: int, protected: int | Collection[int]) -> tuple[Tensor, Tensor]:
     """One sequence ``[T, C]``, its metric ``[T, D]`` and sizes ``[T]`` after ``r`` merges."""
+    order, gone = match(metric, r, protected)
     outputs, sizes = [], []
-    for members in groups(metric.detach(), r, protected):
+    for i in order:
+        members = [i, *(source for source, target in gone.items() if target == i)]
         weight = torch.stack([size[m] for m in members])
         total = weight.sum()
         outputs.append(sum(size[m] * x[m] for m in members) / total)
