@@ -173,31 +173,31 @@ def _by_count(
     x: Tensor, metric: Tensor, size: Tensor | None, counts: Sequence[int], borders: Sequence[list[int]], protected: Any
 ) -> tuple[Tensor, Tensor, Plan]:
     """The same where segments merge different numbers: those with the same number together."""
-    lengths = [stop - start for start, stop in pairwise(borders[0])]
     size = torch.ones(x.shape[0], device=x.device) if size is None else size
-    parts, indices, places, owners = [], [], [], []
+    parts, places = [], []
     for r in sorted(set(counts)):
         same = [i for i, count in enumerate(counts) if count == r]
         rows, outs = (
             torch.tensor([j for i in same for j in range(border[i], border[i + 1])], device=x.device)
             for border in borders
         )
-        cu = offsets([lengths[i] for i in same], x.device)
-        part = ops.bipartite_merge(
-            x.index_select(0, rows), metric.index_select(-2, rows), r, size=size.index_select(0, rows),
-            protected=protected, cu_seqlens=cu,
-        )  # fmt: skip
-        owner = torch.repeat_interleave(part.plan.offset.diff().long(), output_size=part.plan.num_in)
-        parts.append(part)
-        indices.append(rows)
         places.append(outs)
-        owners.append(torch.empty_like(owner).index_copy_(0, part.plan.member.long(), outs[owner]))
-    back, order = torch.cat(indices).argsort(), torch.cat(places).argsort()
-    anchor = torch.cat([rows[part.plan.anchor.long()] for part, rows in zip(parts, indices, strict=True)])
+        part, mass = x.index_select(0, rows), size.index_select(0, rows)
+        if not r:
+            # They keep their order, as where no segment merges.
+            parts.append((part, mass, rows, rows, outs))
+            continue
+        cu = offsets([borders[0][i + 1] - borders[0][i] for i in same], x.device)
+        part, mass, plan = ops.bipartite_merge(
+            part, metric.index_select(-2, rows), r, size=mass, protected=protected, cu_seqlens=cu
+        )
+        owner = torch.repeat_interleave(plan.offset.diff().long(), output_size=plan.num_in)
+        parts.append((part, mass, rows[plan.anchor.long()], rows[plan.member.long()], outs[owner]))
+    values, sizes, anchors, members, owners = (torch.cat(column) for column in zip(*parts, strict=True))
+    order = torch.cat(places).argsort()
     ends = [offsets([stop - start for start, stop in pairwise(border)], x.device) for border in borders]
-    plan = Plan.from_assignment(torch.cat(owners)[back], anchor[order], ends[0], ends[1], x.shape[0], partition=True)
-    x = torch.cat([part.x for part in parts]).index_select(0, order)
-    return x, torch.cat([part.size for part in parts]).index_select(0, order), plan
+    plan = Plan.from_assignment(owners[members.argsort()], anchors[order], ends[0], ends[1], x.shape[0], partition=True)
+    return values.index_select(0, order), sizes.index_select(0, order), plan
 
 
 class PackedMerging(Merging):
