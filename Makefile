@@ -21,7 +21,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 GPU_CHECKS := gpu-host gpu-asan gpu-triton gpu-compile
-CHECKS := lint isa transformers-4.57.6 transformers-5.17.0 asan tsan packaging docs examples bench-smoke slow $(GPU_CHECKS)
+CHECKS := lint isa transformers-4.57.6 transformers-5.17.0 vision-libraries asan tsan packaging docs examples bench-smoke slow $(GPU_CHECKS)
 
 .PHONY: help venv build install demo test check gpu-check bench clean $(addprefix check-,$(CHECKS))
 .DEFAULT_GOAL := help
@@ -81,6 +81,9 @@ check-isa: install
 # A static pattern: make looks for no implicit rule of a phony target, and would call it done.
 $(filter check-transformers-%,$(addprefix check-,$(CHECKS))): check-transformers-%: install
 	$(TIMED) transformers-$* 4 env $(HF_OFFLINE) scripts/with_transformers $* $(PYTHON) --families core tests/models tests/systems tests/training
+
+check-vision-libraries: install
+	$(TIMED) vision-libraries 2 env $(HF_OFFLINE) scripts/with_vision_libraries $(PYTHON) tests/models/towers/test_timm.py tests/models/towers/test_open_clip.py
 
 check-asan: venv
 	$(TIMED) asan 8 scripts/asan $(PYTHON) tests/ops

@@ -18,9 +18,9 @@ def match(metric: Tensor, r: int, protected: int | Collection[int]) -> tuple[lis
     if r <= 0:
         return list(range(tokens)), {}
     unit = metric / metric.norm(dim=-1, keepdim=True)
+    table = (unit[sources] @ unit[targets].T).detach().double().mul(2**20).round().tolist()
     best = []
-    for source in sources:
-        cosines = [round(float(unit[source] @ unit[target]) * 2**20) for target in targets]
+    for source, cosines in zip(sources, table, strict=True):
         top = max(cosines)
         best.append((-top, source, targets[cosines.index(top)]))
     gone = {source: target for _, source, target in sorted(best)[:r]}

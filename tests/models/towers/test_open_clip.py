@@ -24,7 +24,9 @@ KINDS = {
     "mean": {"pool_type": "avg"},
     "mean_before_norm": {"pool_type": "avg", "final_ln_after_pool": True},
     "scaled": {"ls_init_value": 0.7},
-    "custom": {"block_type": "custom", "qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_attn": True},
+    "custom": {
+        "block_type": "custom", "qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_attn": True
+    },
     "attention_pool": {"attentional_pool": True, **POOLER},
     "two_pools": {"attentional_pool": "parallel", **POOLER},
 }  # fmt: skip

@@ -104,7 +104,7 @@ def by_loops(model, image: Tensor, merges=MERGES, prop_attn: bool = True) -> tup
         elif gamma[0] is not None:
             out = out * gamma[0]
         x = x + out
-        places = [places[members[0]] for members in reference.groups(k.mean(0), r, prefix)]
+        places = [places[i] for i in reference.match(k.mean(0), r, prefix)[0]]
         x, size = reference.merge(x, k.mean(0), size, r, prefix)
         out = block.mlp(x if after else block.norm2(x))
         if after:
