@@ -1,0 +1,1 @@
+"""Accuracy of a small vision transformer against the tokens that are left: merging beside plainer ways."""
