@@ -23,7 +23,7 @@ def write_clip(path: Path, colour: tuple[int, int, int], place: str, frames: int
         for i in range(frames):
             picture = np.full((32, 48, 3), 20, dtype=np.uint8)
             side = slice(8, 22) if place == "left" else slice(26, 40)
-            picture[: 12 + 2 * i, side] = colour
+            picture[: 8 + 2 * i, side] = colour
             out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         out.mux(stream.encode())
     return path

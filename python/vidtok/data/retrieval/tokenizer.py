@@ -6,7 +6,8 @@ import gzip
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,31 +99,57 @@ def train_tokenizer(captions: Iterable[str], folder: str | os.PathLike[str], voc
     Raises:
         ValueError: for a size that leaves no room for merges.
     """
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, normalizers, pre_tokenizers
 
     if vocab_size < 514:
         fail("vocab_size of at least 514 (512 bytes, start and end)", f"{vocab_size}")
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    normal = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_PATTERN), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2, end_of_word_suffix="</w>", initial_alphabet=_alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(list(captions), trainer)
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in _model(tokenizer)["merges"]]
+    words = Counter(w for text in captions for w, _ in split.pre_tokenize_str(normal.normalize_str(text)))
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    _write(merges[: vocab_size - 514], place)
+    _write(_merges(words, vocab_size - 514), place)
     return place
 
 
-def _model(tokenizer: Any) -> dict[str, Any]:
-    return json.loads(tokenizer.to_str())["model"]
+def _merges(words: Mapping[str, int], count: int) -> list[tuple[str, ...]]:
+    """The ``count`` most frequent pairs, one after another; of equally frequent ones the first in the alphabet.
+
+    The trainer of the package tokenizers breaks ties by the order of a hash table, which differs from call to call.
+    """
+    split = {(*w[:-1], w[-1] + "</w>"): n for w, n in sorted(words.items())}
+    merges: list[tuple[str, ...]] = []
+    while len(merges) < count:
+        pairs: Counter[tuple[str, ...]] = Counter()
+        for symbols, n in split.items():
+            for pair in zip(symbols, symbols[1:]):
+                pairs[pair] += n
+        if not pairs:
+            break
+        best = min(pairs, key=lambda p: (-pairs[p], p))
+        merges.append(best)
+        split = {_joined(symbols, best): n for symbols, n in split.items()}
+    return merges
+
+
+def _joined(symbols: tuple[str, ...], pair: tuple[str, ...]) -> tuple[str, ...]:
+    if pair[0] not in symbols:
+        return symbols
+    out: list[str] = []
+    i = 0
+    while i < len(symbols):
+        if symbols[i : i + 2] == pair:
+            out.append(symbols[i] + symbols[i + 1])
+            i += 2
+        else:
+            out.append(symbols[i])
+            i += 1
+    return tuple(out)
 
 
 def _alphabet() -> list[str]:
