@@ -15,7 +15,7 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm in fp32, in the dtype of ``x``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
+        if x.dtype in (torch.float32, torch.float64):
             return super().forward(x)
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(
             x.dtype
@@ -81,13 +81,13 @@ class Block(nn.Module):
         q, k, v = self.attn.split(self.attn.project(self.ln_1(x)))
         return x + self.attn.join(step.attention(q, k, v))
 
-    def attend_first(self, x: Tensor, step: Step | None) -> Tensor:
-        """The attention half of the first token alone, ``[B, 1, C]``."""
+    def attend_first(self, x: Tensor, step: Step | None, count: int = 1) -> Tensor:
+        """The attention half of the first ``count`` tokens alone, ``[B, count, C]``."""
         h = self.ln_1(x)
-        (q,) = self.attn.split(self.attn.project(h[:, :1], 0, 1))
+        (q,) = self.attn.split(self.attn.project(h[:, :count], 0, 1))
         k, v = self.attn.split(self.attn.project(h, 1))
         out = F.scaled_dot_product_attention(q, k, v) if step is None else step.attention(q, k, v)
-        return x[:, :1] + self.attn.join(out)
+        return x[:, :count] + self.attn.join(out)
 
     def feed(self, x: Tensor) -> Tensor:
         """The MLP half."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vidtok import _check
 from vidtok.merge.options import ToMe
-from vidtok.merge.run import Run
+from vidtok.merge.tempme import TempMe
 from vidtok.systems.stop.attention import Block, LayerNorm
 from vidtok.systems.stop.config import Sizes
+from vidtok.systems.stop.runs import begin, each, join
 
 
 class Transformer(nn.Module):
@@ -59,31 +60,24 @@ class VisionTransformer(nn.Module):
         first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         return self.ln_pre(torch.cat([first, patches], 1) + self.positional_embedding.to(patches.dtype))
 
-    def begin(self, options: ToMe | None, tokens: int) -> Run | None:
-        """The merging of one pass: in every layer but the last, of whose tokens only the class token is read."""
-        if options is None:
-            return None
-        layers = self.sizes.vision_layers
-        counts = (*options.schedule.counts(layers, tokens, 1)[:-1], 0)
-        run = Run(options, counts, 1, options.trace)
-        run.tokens[0] = tokens
-        return run
-
     def project(self, x: Tensor) -> Tensor:
         """``ln_post`` and the projection."""
         return self.ln_post(x) @ self.proj.to(x.dtype)
 
-    def forward(self, pixels: Tensor, options: ToMe | None = None) -> tuple[Tensor, Run | None]:
-        """``[N, 3, H, W]`` to embeddings ``[N, E]``, and what merged."""
+    def forward(self, pixels: Tensor, options: ToMe | TempMe | None = None, frames: int = 1) -> tuple[Tensor, Any]:
+        """``[N, 3, H, W]`` of videos of ``frames`` each to embeddings ``[N, E]``, and the run of what merged."""
         x = self.prepare(self.patches(pixels))
-        run = self.begin(options, x.shape[1])
+        run = begin(options, self.sizes.vision_layers, x.shape[1], frames)
         *blocks, last = self.transformer.blocks
         for index, block in enumerate(blocks):
             step = None if run is None else run.step(index)
-            x = block.attend(x, step)
+            x = block.attend(join(step, x), step)
             x = block.feed(x if step is None else step.merge(x))
-        x = last.feed(last.attend_first(x, None if run is None else run.step(len(blocks))))
-        return self.project(x[:, 0]), run
+        step = None if run is None else run.step(len(blocks))
+        x = last.feed(last.attend_first(join(step, x), step, each(step)))
+        # Clips that were filled up have the class tokens of frames that are not there.
+        x = x.reshape(-1, x.shape[0] * x.shape[1] * frames // pixels.shape[0], x.shape[-1])[:, :frames].flatten(0, 1)
+        return self.project(x), run
 
 
 class CLIP(nn.Module):

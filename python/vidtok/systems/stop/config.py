@@ -87,9 +87,11 @@ class Config:
         tome_trace_source: whether the plans are kept, for ``source_map()``.
         tome_prop_attn: whether keys weigh by how many tokens they stand for.
         tome_metric: what similarity is taken of.
-        tome_frames: ``"6:2,9:3"`` joins 2 frames before layer 6 and 3 of what is there before layer 9;
-            None keeps frames apart.
-        tome_frame_ratio: share of a joined clip's patches that merge when frames are joined.
+        tome_frame_merging: whether frames join along the depth, as :class:`vidtok.merge.TempMe` says.
+        tome_merge_layers: 0-based layers before whose attention they do, ``"8-9-10"``.
+        tome_merge_frame_nums: how many clips become one there, ``"2-2-3"``.
+        tome_merge_proportions: percent of a joined clip's tokens that merge before attention, and after it in
+            this layer and the next ones, ``"30-10"``.
 
     Raises:
         ValueError: for a value outside its range, naming the known ones.
@@ -116,8 +118,10 @@ class Config:
     tome_trace_source: bool = False
     tome_prop_attn: bool = True
     tome_metric: str = "keys"
-    tome_frames: str | None = None
-    tome_frame_ratio: float = 0.3
+    tome_frame_merging: bool = False
+    tome_merge_layers: str = "8-9-10"
+    tome_merge_frame_nums: str = "2-2-3"
+    tome_merge_proportions: str = "30-10"
 
     def __post_init__(self) -> None:
         if self.temporal_prompt is None:

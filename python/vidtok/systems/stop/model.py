@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from vidtok import _check
 from vidtok.merge.options import ToMe
 from vidtok.merge.run import Run
+from vidtok.merge.tempme import TempMe
 from vidtok.systems.stop import checkpoint
 from vidtok.systems.stop.clip import CLIP
 from vidtok.systems.stop.config import Config, Sizes
 from vidtok.systems.stop.loss import gather, symmetric_cross_entropy
+from vidtok.systems.stop.runs import plan_of
 from vidtok.systems.stop.tome import options_of
 from vidtok.systems.stop.tower import Stop
 
@@ -60,7 +63,7 @@ class CLIP4Clip(nn.Module):
         if weights is not None:
             weights.load(self.clip, self.stop)
         #: What merges in the vision tower; None merges nothing.
-        self.tome: ToMe | None = None
+        self.tome: ToMe | TempMe | None = None
         #: What merged in the last pass.
         self.run: Run | None = None
         self.set_tome(self.config.tome_r, self.config.tome_trace_source, self.config.tome_prop_attn)
@@ -69,9 +72,8 @@ class CLIP4Clip(nn.Module):
     # ------------------------------------------------------------------ settings
     def set_tome(self, tome_r: Any = 0, trace_source: bool = False, prop_attn: bool = True) -> None:
         """Merge ``tome_r`` tokens of every frame in every layer from now on; 0 takes the merging out."""
-        self.tome = options_of(tome_r, trace_source, prop_attn, self.config.tome_metric, self.sizes)
-        self.run = None
-        self.config.tome_r, self.config.tome_trace_source, self.config.tome_prop_attn = tome_r, trace_source, prop_attn
+        config = replace(self.config, tome_r=tome_r, tome_trace_source=trace_source, tome_prop_attn=prop_attn)
+        self.tome, self.run, self.config = options_of(config, self.sizes), None, config
 
     def _freeze(self, layers: int) -> None:
         if layers < 0:
@@ -110,7 +112,7 @@ class CLIP4Clip(nn.Module):
         if self.stop is not None:
             out, self.run = self.stop(self.clip.visual, video, self.tome)
             return out.unsqueeze(1)
-        out, self.run = self.clip.visual(video.flatten(0, 1), self.tome)
+        out, self.run = self.clip.visual(video.flatten(0, 1), self.tome, video.shape[1])
         return out.unflatten(0, video.shape[:2])
 
     def _pool(self, visual: Tensor, video_mask: Tensor | None) -> Tensor:
@@ -214,19 +216,20 @@ class CLIP4Clip(nn.Module):
 
     # ------------------------------------------------------------------ what merged
     def source_map(self) -> Tensor | None:
-        """int64 ``[frames, 1 + P]``: which token of the last layer each class token and patch of a frame is in.
+        """int64 ``[B T, 1 + P]``: in which token of its frame each class token and patch is at the end.
 
-        Of the last pass, frame after frame of video after video; None where nothing merged.
+        Frame after frame of video after video, of the last pass; where frames have joined, in which token of its
+        video. None where nothing merged.
 
         Raises:
             ValueError: without ``tome_trace_source``.
         """
         if self.tome is None or not self.tome.trace:
-            _check.fail("tome_trace_source=True with tome_r of at least 1", f"{self.tome}")
-        plan = None if self.run is None else self.run.plan()
-        if plan is None:
+            _check.fail("tome_trace_source=True with tome_r of at least 1", str(self.tome))
+        plan = None if self.run is None else plan_of(self.run)
+        if plan is None or self.run is None:
             return None
         owner = torch.repeat_interleave(plan.offset.diff().long(), output_size=plan.num_in)
         place = torch.empty_like(owner).index_copy_(0, plan.member.long(), owner)
-        assert plan.length_in and plan.length_out
-        return place.view(-1, plan.length_in) % plan.length_out
+        first = plan.cu_seqlens_out[:-1].long().repeat_interleave(plan.cu_seqlens_in.diff().long())
+        return (place - first).view(-1, self.run.tokens[0])

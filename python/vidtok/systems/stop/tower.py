@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from vidtok.merge import attention
 from vidtok.merge.options import ToMe
 from vidtok.merge.run import Run, Step
+from vidtok.merge.tempme import TempMe
 from vidtok.systems.stop.attention import Attention, Block
 from vidtok.systems.stop.clip import VisionTransformer
 from vidtok.systems.stop.config import Config, Sizes
 from vidtok.systems.stop.prompts import Adapter, FramePrompt, PixelPrompt, Prompts
+from vidtok.systems.stop.runs import begin, each, join, sizes
 
 
 class Stop(nn.Module):
@@ -34,23 +36,23 @@ class Stop(nn.Module):
     - the last layer computes the first prompt of the video alone.
 
     Args:
-        sizes: of the backbone.
+        backbone: its sizes.
         config: the settings.
 
     Source: Liu et al., STOP: Integrated Spatial-Temporal Dynamic Prompting for Video Understanding, CVPR 2025;
     Yang et al., DGL: Dynamic Global-Local Prompt Tuning for Text-Video Retrieval, AAAI 2024.
     """
 
-    def __init__(self, sizes: Sizes, config: Config) -> None:
+    def __init__(self, backbone: Sizes, config: Config) -> None:
         super().__init__()
-        self.prompts = Prompts(sizes, config)
+        self.prompts = Prompts(backbone, config)
         self.adapters = nn.ModuleList(
-            Adapter(sizes.vision_width, config.adapter_width, config.adapter_scale)
-            for _ in range(sizes.vision_layers if config.lora else 0)
+            Adapter(backbone.vision_width, config.adapter_width, config.adapter_scale)
+            for _ in range(backbone.vision_layers if config.lora else 0)
         )
         dynamic = config.temporal_prompt == "group2-2"
-        self.pixels = PixelPrompt(sizes, config) if dynamic else None
-        self.between = FramePrompt(sizes, config) if dynamic else None
+        self.pixels = PixelPrompt(backbone, config) if dynamic else None
+        self.between = FramePrompt(backbone, config) if dynamic else None
 
     def frame_prompts(self, layer: int, between: Tensor | None) -> Tensor:
         """``[1 or B, 1 or T, prompts, C]`` of a layer."""
@@ -62,21 +64,24 @@ class Stop(nn.Module):
         out = block.feed(x)
         return out + self.adapters[layer](x) if len(self.adapters) else out
 
-    def forward(self, visual: VisionTransformer, video: Tensor, options: ToMe | None) -> tuple[Tensor, Run | None]:
-        """``[B, T, 3, H, W]`` to embeddings ``[B, E]``, and what merged."""
+    def forward(
+        self, visual: VisionTransformer, video: Tensor, options: ToMe | TempMe | None = None
+    ) -> tuple[Tensor, Run | None]:
+        """``[B, T, 3, H, W]`` to embeddings ``[B, E]``, and the run of what merged."""
         batch, frames = video.shape[:2]
         if self.pixels is not None:
             video = self.pixels(video.to(visual.conv1.weight.dtype))
         patches = visual.patches(video.flatten(0, 1))
         between = None if self.between is None else self.between(patches.unflatten(0, (batch, frames)))
         x = visual.prepare(patches)
-        run = visual.begin(options, x.shape[1])
         g = self.prompts.video.to(x.dtype).expand(batch, -1, -1)
-        last = len(visual.transformer.resblocks) - 1
-        for layer, block in enumerate(visual.transformer.blocks):
+        blocks = visual.transformer.blocks
+        run = begin(options, len(blocks), x.shape[1], frames)
+        for layer, block in enumerate(blocks):
             step = None if run is None else run.step(layer)
-            prompts = self.frame_prompts(layer, between).to(x.dtype)
-            if layer == last:
+            x = join(step, x)
+            prompts = self.frame_prompts(layer, between).to(x.dtype).expand(-1, frames, -1, -1)
+            if layer == len(blocks) - 1:
                 g = self.feed(block, layer, self.attend_last(block, g, x, prompts, step))
                 break
             g, x = self.attend(block, g, x, prompts, step)
@@ -88,26 +93,41 @@ class Stop(nn.Module):
         """Both attentions: ``[B, G, C]`` prompts of the video and ``[B T, n, C]`` frames, residuals added."""
         attn, width = block.attn, block.attn.width
         gs, xs = attn.project(block.ln_1(g)), attn.project(block.ln_1(x))
-        keys = gather_keys(attn, gs[..., width:], attn.project(block.ln_1(prompts), 1), xs[..., width:])
+        keys = self.keys(gs[..., width:], self.prompt_keys(block, prompts), xs[..., width:], each(step))
         k, v = attn.split(keys)
         (q,) = attn.split(xs[..., :width])
         before = k.shape[2] - x.shape[1]
         if step is not None:
             step.note(k[:, :, before:], v[:, :, before:])
-        size = sizes(step, before)
+        size = sizes(step, x.shape[0], g.shape[1], *prompts.shape[1:3])
         x = x + attn.join(sized(q, k, v, size, step))
         return g + self.attend_video(attn, gs[..., :width], keys, size, step), x
 
     def attend_last(self, block: Block, g: Tensor, x: Tensor, prompts: Tensor, step: Step | None) -> Tensor:
         """The attention half of the first prompt of the video alone, ``[B, 1, C]``."""
-        attn = block.attn
-        gs = block.ln_1(g)
-        query = attn.project(gs[:, :1], 0, 1)
-        keys = gather_keys(
-            attn, attn.project(gs, 1), attn.project(block.ln_1(prompts), 1), attn.project(block.ln_1(x), 1)
-        )
-        size = sizes(step, keys.shape[1] - x.shape[1])
-        return g[:, :1] + self.attend_video(attn, query, keys, size, step)
+        attn, gs = block.attn, block.ln_1(g)
+        own = attn.project(block.ln_1(x), 1)
+        keys = self.keys(attn.project(gs, 1), self.prompt_keys(block, prompts), own, each(step))
+        size = sizes(step, x.shape[0], g.shape[1], *prompts.shape[1:3])
+        return g[:, :1] + self.attend_video(attn, attn.project(gs[:, :1], 0, 1), keys, size, step)
+
+    def prompt_keys(self, block: Block, prompts: Tensor) -> Tensor:
+        """Keys and values of ``[1 or B, T, P, C]``; prompts that all frames share are projected once."""
+        own = prompts[:, :1] if self.between is None else prompts
+        return block.attn.project(block.ln_1(own), 1).expand(-1, prompts.shape[1], -1, -1)
+
+    def keys(self, g: Tensor, prompts: Tensor, x: Tensor, each: int) -> Tensor:
+        """Keys and values ``[B T, G + P + n, 2 C]`` of every frame: the video's prompts, the frame's, its tokens.
+
+        ``each`` frames of a clip have their prompts next to each other.
+        """
+        batch, clips = g.shape[0], x.shape[0] // g.shape[0]
+        missing = clips * each - prompts.shape[1]
+        if missing:
+            prompts = F.pad(prompts, (0, 0, 0, 0, 0, missing))
+        prompts = prompts.expand(batch, -1, -1, -1).reshape(batch * clips, -1, prompts.shape[-1])
+        g = g[:, None].expand(-1, clips, -1, -1).flatten(0, 1)
+        return torch.cat([g.to(x.dtype), prompts.to(x.dtype), x], 1)
 
     def attend_video(
         self, attn: Attention, query: Tensor, keys: Tensor, size: Tensor | None, step: Step | None
@@ -117,28 +137,12 @@ class Stop(nn.Module):
         groups = keys.shape[0] // batch
         count = keys.new_ones(groups, keys.shape[1], dtype=torch.float32)
         count[:, :own] = 1 / groups
-        count = count.view(1, -1)
+        count = count.view(1, -1).expand(batch, -1)
         if size is not None:
             count = count * size.view(batch, -1)
         (q,) = attn.split(query)
         k, v = attn.split(keys.view(batch, -1, keys.shape[-1]))
         return attn.join(sized(q, k, v, count, step))
-
-
-def gather_keys(attn: Attention, g: Tensor, prompts: Tensor, x: Tensor) -> Tensor:
-    """Keys and values ``[B T, G + P + n, 2 C]`` of every frame: the video's prompts, the frame's, its tokens."""
-    batch = g.shape[0]
-    frames = x.shape[0] // batch
-    g = g[:, None].expand(-1, frames, -1, -1).flatten(0, 1)
-    prompts = prompts.expand(batch, frames, -1, -1).flatten(0, 1)
-    return torch.cat([g.to(x.dtype), prompts.to(x.dtype), x], 1)
-
-
-def sizes(step: Step | None, before: int) -> Tensor | None:
-    """fp32 ``[B T, before + n]``: prompts stand for one each."""
-    if step is None or step.size is None or not step.run.options.prop_attn:
-        return None
-    return F.pad(step.size, (before, 0), value=1.0)
 
 
 def sized(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, step: Step | None) -> Tensor:

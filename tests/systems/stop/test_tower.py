@@ -1,0 +1,136 @@
+"""STOP's tower against the published form and against loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.baselines import stop as published
+from tests.systems.stop.reference import clips, make, tower
+from vidtok.systems.stop import tower as ours
+
+
+def close(got, want, rel=1e-5):
+    assert torch.isfinite(got).all() and (got - want).norm() <= rel * want.norm()
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("frames", [1, 5])
+@pytest.mark.parametrize("prompt", ["DGL", "group2-2"])
+def test_equals_the_published_form(prompt, frames, lora):
+    model = make(prompt, lora=lora)
+    video = clips(frames=frames)
+    with torch.no_grad():
+        close(model.stop(model.clip.visual, video, None)[0], published.tower(model, video))
+
+
+@pytest.mark.parametrize("prompt", ["DGL", "group2-2"])
+@pytest.mark.parametrize("prop_attn", [True, False])
+@pytest.mark.parametrize("form", ["mask", "channel"])
+def test_equals_loops(prompt, prop_attn, form):
+    model = make(prompt, layers=4)
+    model.set_tome([7, 5, 3, 2], prop_attn=prop_attn)
+    object.__setattr__(model.tome, "form", form)
+    video = clips()
+    with torch.no_grad():
+        out, run = model.stop(model.clip.visual, video, model.tome)
+    for i, one in enumerate(video):
+        want, size = tower(model, one, [7, 5, 3, 0], prop_attn)
+        close(out[i], want)
+        torch.testing.assert_close(run.size[3].view(2, 5, -1)[i], torch.stack(size), rtol=0, atol=0)
+
+
+def test_loops_without_merging_are_the_published_form():
+    model, video = make("group2-2"), clips()
+    with torch.no_grad():
+        want = published.tower(model, video)
+        close(torch.stack([tower(model, one, [0, 0, 0])[0] for one in video]), want)
+
+
+@given(frames=st.integers(1, 7), batch=st.integers(1, 3), r=st.integers(0, 30), prompts=st.integers(1, 6))
+@settings(max_examples=15, deadline=None)
+def test_any_frames_and_any_r(frames, batch, r, prompts):
+    model = make(layers=3, frame_prompts=prompts, global_prompts=7 - prompts)
+    model.set_tome([r, max(0, r - 7), r])
+    video = clips(batch, frames)
+    with torch.no_grad():
+        out, run = model.stop(model.clip.visual, video, model.tome)
+        if run is None:
+            close(out, published.tower(model, video))
+    assert torch.isfinite(out).all()
+    if run is not None:
+        # Every frame keeps the same count, and nothing is lost.
+        assert run.size[2].shape == (batch * frames, run.tokens[2])
+        assert (run.size[2].sum(1) == 26).all() and (run.size[2][:, 0] == 1).all()
+
+
+def test_zero_r_is_the_plain_model():
+    model, video = make(), clips()
+    with torch.no_grad():
+        plain = model.encode_video(video)
+        model.set_tome([0, 0, 1])  # the last layer merges nothing
+        assert torch.equal(model.encode_video(video), plain)
+
+
+def broken_count(batch, frames):
+    """What ``attend_video`` would be if the video's prompts counted once per frame."""
+
+    def attend_video(self, attn, query, keys, size, step):
+        (q,) = attn.split(query)
+        k, v = attn.split(keys.view(batch, -1, keys.shape[-1]))
+        return attn.join(ours.sized(q, k, v, None if size is None else size.view(batch, -1), step))
+
+    return attend_video
+
+
+def test_prompts_of_the_video_count_once(monkeypatch):
+    model, video = make(), clips()
+    with torch.no_grad():
+        want = published.tower(model, video)
+        monkeypatch.setattr(ours.Stop, "attend_video", broken_count(2, 5))
+        got = model.stop(model.clip.visual, video, None)[0]
+    assert (got - want).norm() > 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("part", ["frame", "video"])
+def test_sizes_weigh_in_both_attentions(part, monkeypatch):
+    model = make(layers=4)
+    model.set_tome([8, 5, 3, 0])
+    video, real = clips(1), ours.sized
+
+    def without(q, k, v, size, step):
+        of_video = q.shape[2] == model.config.global_prompts or q.shape[2] == 1
+        if size is not None and of_video == (part == "video"):
+            size = None if part == "frame" else torch.where(size < 1, size, torch.ones_like(size))
+        return real(q, k, v, size, step)
+
+    want = tower(model, video[0], [8, 5, 3, 0])[0]
+    with torch.no_grad():
+        close(model.stop(model.clip.visual, video, model.tome)[0][0], want)
+        monkeypatch.setattr(ours, "sized", without)
+        got = model.stop(model.clip.visual, video, model.tome)[0][0]
+    assert (got - want).norm() > 1e-3 * want.norm()
+
+
+def test_gradients_flow_through_merging():
+    torch.manual_seed(0)
+    model = make("group2-2", layers=2).double()
+    model.set_tome(5)
+    video = clips(1, 3).double().requires_grad_()
+    weight = torch.randn(32, dtype=torch.float64)
+
+    def loss(prompt):
+        with torch.no_grad():
+            model.stop.prompts.frame[0].copy_(prompt)
+        return model.stop(model.clip.visual, video, model.tome)[0] @ weight
+
+    loss(model.stop.prompts.frame[0].clone()).sum().backward()
+    names = {n for n, p in model.stop.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    assert not names
+    grad, start = model.stop.prompts.frame.grad[0].clone(), model.stop.prompts.frame[0].detach().clone()
+    direction = torch.randn_like(start)
+    with torch.no_grad():
+        up, down = loss(start + 1e-6 * direction), loss(start - 1e-6 * direction)
+    torch.testing.assert_close((up - down) / 2e-6, (grad * direction).sum().view(1), rtol=1e-5, atol=1e-8)
