@@ -55,6 +55,9 @@ class Merging:
         #: The run that is under way or was the last one.
         self.run: Run | None = None
         self._again: Run | None = None
+        #: How long the last pass took, where something measures it.
+        self.span: Any = None
+        self.blocks = list(blocks)
         _forget_compiled()
         self._back: list[Callable[[], None]] = []
         try:
@@ -87,6 +90,7 @@ class Merging:
         self._again = None
         if index == 0:
             self.run = self.begin(x, self._real(args, kwargs))
+            self.run.batch = x.shape[0]
         run = self.run
         if run is None or run.next != index:
             raise ValueError(self._order(index, "first" if run is None or not run.next else f"after {run.next - 1}"))

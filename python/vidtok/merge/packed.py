@@ -44,7 +44,9 @@ class PackedRun(Run):
         #: Of each token of the tower, the one that stands for it; of each token, whose place it has. None: its own.
         self.owner: list[Tensor | None] = [None] * (layers + 1)
         self.anchor: list[Tensor | None] = [None] * (layers + 1)
-        self._index = {border: i for i, border in enumerate(borders)}
+        #: The number of a border, and the borders of the sequences that each block attends inside, before any merge.
+        self.number = {border: i for i, border in enumerate(borders)}
+        self.attended: list[list[int]] = [borders] * layers
         self._known: list[tuple[Tensor, list[int]]] = [(cu_seqlens, borders)]
 
     def step(self, index: int) -> PackedStep:
@@ -68,11 +70,10 @@ class PackedRun(Run):
 
     def arguments(self, index: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the tower hands to block ``index``, for the tokens that are left."""
-        anchor = self.anchor[index]
+        borders, anchor = self._borders(index, kwargs["cu_seqlens"]), self.anchor[index]
         if anchor is None:
             return kwargs
         kwargs = dict(kwargs)
-        borders = self._borders(index, kwargs["cu_seqlens"])
         kwargs["cu_seqlens"] = constant(borders, torch.int32, kwargs["cu_seqlens"].device)
         if kwargs.get("max_seqlen") is not None:
             kwargs["max_seqlen"] = max((stop - start for start, stop in pairwise(borders)), default=0)
@@ -93,8 +94,9 @@ class PackedRun(Run):
         if own is None:
             own = cu_seqlens.tolist()
             self._known.append((cu_seqlens, own))
+        self.attended[index] = own
         try:
-            return [self.borders[index][self._index[border]] for border in own]
+            return [self.borders[index][self.number[border]] for border in own]
         except KeyError as error:
             raise ValueError(
                 f"expected sequences of whole segments of the first block in block {index}, got a border at token "

@@ -29,8 +29,8 @@ class Run:
         self.place: list[Tensor | None] = [None] * (layers + 1)
         #: Tokens of a sequence that enter each block's MLP, and the first block.
         self.tokens: list[int] = [0] * (layers + 1)
-        #: The block that comes next.
-        self.next = 0
+        #: The block that comes next, and how many sequences the first one got.
+        self.next = self.batch = 0
 
     def step(self, index: int) -> Step:
         return Step(self, index)

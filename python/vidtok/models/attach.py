@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,10 +93,18 @@ class Handle:
             merging.restore()
 
     def report(self) -> Report:
-        """What the last prefill did; empty before the first."""
-        if self._hook is None or self._hook.last is None:
-            return Report()
-        return self._hook.last.report(costs(self._hook.language_model))
+        """What the last prefill, or the last pass of a vision tower, did; empty before the first."""
+        report = Report()
+        if self._hook is not None and self._hook.last is not None:
+            report = self._hook.last.report(costs(self._hook.language_model))
+        if not self.vision:
+            return report
+        from vidtok.models.vision import towers
+
+        found = towers(self.vision)
+        seconds = [tower.seconds for tower in found if tower.seconds is not None]
+        times = {"vision": sum(seconds), **report.times} if seconds else report.times
+        return replace(report, vision=found, times=times)
 
     def tokens(
         self, where: Sequence[tuple[int, int, int]] | Tensor, frames: int | Sequence[int] = 1

@@ -16,6 +16,7 @@ from vidtok.plan import Plan
 if TYPE_CHECKING:
     from vidtok.models.cost import LayerCost
     from vidtok.models.tokens import Tokens
+    from vidtok.models.vision import Tower
 
 STAGES = ("vision", "decide", "move", "select", "prefill", "decode")
 
@@ -86,6 +87,7 @@ class Report:
             is missing.
         decode_steps: forward passes counted in ``times["decode"]``.
         layers: one per decoder layer; empty for a language model without a list of layers.
+        vision: one per vision tower in which tokens merge; see :class:`vidtok.models.vision.Tower`.
     """
 
     samples: list[Sample] = field(default_factory=list)
@@ -94,6 +96,7 @@ class Report:
     times: dict[str, float] = field(default_factory=dict)
     decode_steps: int = 0
     layers: list[Layer] = field(default_factory=list)
+    vision: tuple[Tower, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -116,7 +119,8 @@ class Report:
         return sum(layer.kv_bytes_whole for layer in self.layers) - self.kv_bytes
 
     def __str__(self) -> str:
-        lines = [
+        lines = [f"vision tower {tower}" for tower in self.vision]
+        lines += [
             f"row {s.row}: {s.kind} {s.grid_thw[0]}×{s.grid_thw[1]}×{s.grid_thw[2]}, "
             f"{s.tokens_in} -> {s.tokens_out} visual tokens"
             for s in self.samples

@@ -26,6 +26,7 @@ from vidtok.models.towers import (
 )
 from vidtok.models.towers._base import Tower
 from vidtok.models.towers._full import recorded
+from vidtok.models.vision import timed
 
 FAMILIES: tuple[Tower, ...] = (
     *clip.FAMILIES,
@@ -96,6 +97,7 @@ def merge(
                     undo.append(head.attach(module, tower, merging))
         if merging.full_length:
             undo.append(recorded(tower, merging))
+        undo.append(timed(tower, merging))
     except BaseException:
         for back in reversed([*merging._back, *undo]):
             back()
