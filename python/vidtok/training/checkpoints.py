@@ -81,7 +81,7 @@ class Checkpoints:
             fail("a checkpoint of a run with the same settings (init_model takes only its weights)", pairs)
         try:
             self.accelerator.load_state(str(place))
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except Exception as error:  # each of the files has a reader with errors of its own
             text = " ".join(str(error).split())[:200]
             fail("a checkpoint that loads into this model", f"{shown(str(place))} ({text})")
         return steps

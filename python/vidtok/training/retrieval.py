@@ -174,8 +174,8 @@ def train(
     loss, scores = torch.zeros(()), []
     with Records(Path(output_dir), accelerator, tensorboard) as records:
         for epoch in range(done // per_epoch, recipe.epochs):
-            data.set_epoch(epoch)
-            order.set_epoch(epoch)
+            data.begin(epoch)
+            order.begin(epoch)
             model.train()
             skip = (steps - epoch * per_epoch) * recipe.accumulation
             for batch in accelerator.skip_first_batches(loader, skip) if skip else loader:

@@ -45,7 +45,7 @@ class TrainingPairs(Dataset):
         self.seed, self.expand, self.skip_unreadable = seed, expand, skip_unreadable
         self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
+    def begin(self, epoch: int) -> None:
         """Change what is random."""
         self.epoch = epoch
 
@@ -109,14 +109,18 @@ class EvaluationClips(Dataset):
 
 
 class EpochSampler(Sampler[int]):
-    """A new order in every epoch, the same whenever seed and epoch are."""
+    """A new order in every epoch, the same whenever seed and epoch are.
+
+    :meth:`begin` has not the usual name ``set_epoch``, by which accelerate would set its own count of epochs, from 0
+    again when training goes on.
+    """
 
     def __init__(self, data: Sized, seed: int = 0) -> None:
         if len(data) < 1:
             fail("at least one item", "none")
         self.data, self.seed, self.epoch = data, seed, 0
 
-    def set_epoch(self, epoch: int) -> None:
+    def begin(self, epoch: int) -> None:
         """Choose the order."""
         self.epoch = epoch
 

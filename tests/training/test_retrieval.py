@@ -1,0 +1,276 @@
+"""Training of retrieval models: rates, accumulation, checkpoints that go on bit for bit, several processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+
+from accelerate.state import AcceleratorState
+
+from tests.training.retrieval_parts import Each, Small, pairs_of, same, state
+from vidtok.data.retrieval import TrainingPairs
+from vidtok.training import checkpoints as checkpoints_module
+from vidtok.training.retrieval import Recipe, accelerator_for, train
+
+RECIPE = Recipe(lr=1e-2, coef_lr=0.5, epochs=4, batch_size=4, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """accelerate keeps precision and device for the whole process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingPairs:
+    return pairs_of(tmp_path_factory.mktemp("pairs"))
+
+
+def run(data: TrainingPairs, folder: Path, recipe: Recipe = RECIPE, model: Any = None, **options: Any) -> Any:
+    return train(model or Small(), data, recipe, folder, accelerator=accelerator_for(recipe, cpu=True), **options)
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stop", [8, 5], ids=["after two epochs", "amid an epoch"])
+def test_going_on_is_bit_exact(data: TrainingPairs, tmp_path: Path, stop: int) -> None:
+    whole = run(data, tmp_path / "whole", log_every=1)
+    first = run(data, tmp_path / "parts", stop_after=stop, log_every=1)
+    assert (whole.steps, first.steps) == (16, stop)
+    # The other model begins elsewhere, and the random state is not where the first part left it.
+    torch.manual_seed(12345)
+    second = run(data, tmp_path / "parts", model=Small(seed=9), resume="auto", log_every=1)
+    assert second.steps == 16 and same(state(whole.model), state(second.model))
+    assert [line["loss"] for line in log(tmp_path / "parts")] == [line["loss"] for line in log(tmp_path / "whole")]
+
+
+def test_the_random_state_is_part_of_a_checkpoint(
+    data: TrainingPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(data, tmp_path / "whole")
+    run(data, tmp_path / "parts", stop_after=8)
+    real = checkpoints_module.Checkpoints.load
+
+    def forget(self: Any, which: Any) -> int:
+        steps = real(self, which)
+        torch.manual_seed(99)
+        return steps
+
+    monkeypatch.setattr(checkpoints_module.Checkpoints, "load", forget)
+    assert not same(state(whole.model), state(run(data, tmp_path / "parts", resume="auto").model))
+
+
+def test_seeds_decide(data: TrainingPairs, tmp_path: Path) -> None:
+    one, two = (state(run(data, tmp_path / f"{i}").model) for i in range(2))
+    other = Recipe(lr=1e-2, coef_lr=0.5, epochs=4, batch_size=4, seed=2)
+    assert same(one, two) and not same(one, state(run(data, tmp_path / "other", other).model))
+
+
+def test_rates_rise_and_follow_a_cosine(data: TrainingPairs, tmp_path: Path) -> None:
+    recipe = Recipe(lr=1e-2, coef_lr=0.5, epochs=5, batch_size=4, warmup=0.2)
+    run(data, tmp_path, recipe, log_every=1)
+    rates = [line["lr"] for line in log(tmp_path)]
+    expected = [1e-2 * s / 4 for s in range(1, 4)]
+    expected += [1e-2 * 0.5 * (1 + math.cos(math.pi * (s - 4) / 16)) for s in range(4, 21)]
+    assert rates == pytest.approx(expected, abs=1e-12) and len(rates) == 20
+
+
+def test_clips_weights_have_their_own_rate(data: TrainingPairs, tmp_path: Path) -> None:
+    recipe = Recipe(lr=1e-2, coef_lr=0.0, epochs=1, batch_size=4)
+    before, after = state(Small()), state(run(data, tmp_path, recipe).model)
+    assert torch.equal(before["clip.weight"], after["clip.weight"])
+    assert not torch.equal(before["words.weight"], after["words.weight"])
+
+
+def test_accumulated_parts_are_one_batch(data: TrainingPairs, tmp_path: Path) -> None:
+    models = []
+    for parts in (1, 2, 4):
+        AcceleratorState._reset_state(True)
+        recipe = Recipe(lr=1e-2, coef_lr=1.0, epochs=2, batch_size=4, accumulation=parts, seed=1)
+        done = run(data, tmp_path / f"{parts}", recipe, Each(0.0))
+        assert done.steps == 8
+        models.append(state(done.model))
+    for other in models[1:]:
+        for name in other:
+            torch.testing.assert_close(models[0][name], other[name], rtol=1e-4, atol=1e-6)
+    assert not same(models[0], state(Each(0.0)))
+
+
+def test_it_learns_and_evaluates(data: TrainingPairs, tmp_path: Path) -> None:
+    seen: list[int] = []
+    told: list[tuple[int, int]] = []
+
+    def score(model: Any, epoch: int) -> dict[str, float]:
+        seen.append(epoch)
+        return {"right": float(epoch)}
+
+    recipe = Recipe(lr=5e-2, coef_lr=1.0, epochs=6, batch_size=8, seed=1)
+    done = run(
+        data, tmp_path, recipe, Small(0.0), log_every=1, evaluate=score, notify=lambda s, t, loss: told.append((s, t))
+    )
+    losses = [line["loss"] for line in log(tmp_path) if "loss" in line]
+    assert losses[-1] < 0.6 * losses[0] and told[-1] == (12, 12)
+    assert seen == [0, 1, 2, 3, 4, 5] and done.scores[-1] == {"right": 5.0}
+    assert [line["right"] for line in log(tmp_path) if "right" in line] == [0, 1, 2, 3, 4, 5]
+
+
+def test_checkpoints_that_stay(data: TrainingPairs, tmp_path: Path) -> None:
+    run(data, tmp_path, keep=2, save_steps=3)
+    found = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert found == ["step_00000015", "step_00000016"]
+
+
+def test_a_run_killed_while_saving_leaves_the_one_before(
+    data: TrainingPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(data, tmp_path / "whole")
+    real = os.replace
+
+    def killed(source: Any, target: Any) -> None:
+        if "00000008" in str(target):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints_module.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path / "parts")
+    again = run(data, tmp_path / "parts", resume="auto")
+    assert same(state(whole.model), state(again.model))
+    assert not list((tmp_path / "parts/checkpoints").glob(".*00000004*"))
+
+
+def test_the_factor_on_similarities_stays_in_bounds(data: TrainingPairs, tmp_path: Path) -> None:
+    model = Small()
+    with torch.no_grad():
+        model.logit_scale.fill_(7.0)
+    run(data, tmp_path, model=model, stop_after=1)
+    assert float(model.logit_scale.detach()) == pytest.approx(math.log(100))
+
+
+def test_bf16(data: TrainingPairs, tmp_path: Path) -> None:
+    recipe = Recipe(lr=1e-2, coef_lr=1.0, epochs=1, batch_size=4, amp="bf16")
+    kinds: set[torch.dtype] = set()
+
+    class Watched(Small):
+        def encode_video(self, video: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            kinds.add(self.clip(video.flatten(2)).dtype)
+            return super().encode_video(video, mask)
+
+    done = run(data, tmp_path, recipe, Watched())
+    assert kinds == {torch.bfloat16} and math.isfinite(done.loss)
+    assert {p.dtype for p in done.model.parameters()} == {torch.float32}
+
+
+def test_one_caption_per_clip(data: TrainingPairs, tmp_path: Path) -> None:
+    single = pairs_of(tmp_path, expand=False)
+    assert len(single) == 8 and len(data) == 16
+    texts = []
+    for epoch in range(2):
+        single.begin(epoch)
+        texts.append([single[i]["input_ids"].tolist() for i in range(8)])
+        assert texts[-1] == [single[i]["input_ids"].tolist() for i in range(8)]
+        assert torch.equal(single[3]["video"], single[3]["video"])
+    assert 0 < sum(a != b for a, b in zip(*texts)) < 8
+    assert run(single, tmp_path).steps == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"batch_size": 32}, "at least one batch of 32 pairs, got 16 pairs"),
+        ({"batch_size": 4, "accumulation": 3}, "a batch_size that 1 processes x 3 parts divide, got 4"),
+        ({"amp": "fp16"}, "a GPU for fp16"),
+        ({"amp": "tf32"}, "amp among no, bf16, fp16, got 'tf32'"),
+        ({"lr": -1.0}, "lr of at least 0"),
+        ({"lr": float("nan")}, "lr of at least 0"),
+        ({"epochs": 0}, "epochs as a whole number"),
+        ({"warmup": 1.5}, "a warmup between 0 and 1"),
+    ],
+)
+def test_bad_recipes(data: TrainingPairs, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        run(data, tmp_path, Recipe(**changes))
+
+
+def test_bad_models_losses_and_checkpoints(data: TrainingPairs, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a model with weights to train, got one in which all are frozen"):
+        run(data, tmp_path, model=Small().requires_grad_(False))
+    broken = Small()
+    with torch.no_grad():
+        broken.words.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"a finite loss .*got nan at step 1"):
+        run(data, tmp_path, model=broken, log_every=1)
+    run(data, tmp_path / "one", stop_after=4)
+    place = tmp_path / "one/checkpoints/step_00000004"
+    other = Recipe(lr=2e-2, coef_lr=0.5, epochs=4, batch_size=4, seed=1)
+    with pytest.raises(ValueError, match=r"the same settings .*got lr 0.01 instead of 0.02"):
+        run(data, tmp_path / "two", other, resume=place)
+    with pytest.raises(ValueError, match=r"a checkpoint folder with run.json, got 'nothing'"):
+        run(data, tmp_path / "two", resume=tmp_path / "nothing")
+    (place / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="a checkpoint that loads into this model") as caught:
+        run(data, tmp_path / "two", resume=place)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="at least 1 checkpoint"):
+        run(data, tmp_path / "two", keep=0)
+
+
+def test_tensorboard_is_optional(data: TrainingPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="expected the package tensorboard"):
+        run(data, tmp_path, tensorboard=True)
+
+    class Board:
+        said: list[tuple[str, float, int]] = []
+
+        def __init__(self, folder: str) -> None:
+            assert folder.endswith("tensorboard")
+
+        def add_scalar(self, *what: Any) -> None:
+            self.said.append(what)
+
+        def close(self) -> None:
+            self.said.append(("closed", 0, 0))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("M", (), {"SummaryWriter": Board}))
+    run(data, tmp_path, tensorboard=True, log_every=8)
+    assert [s[2] for s in Board.said if s[0] == "loss"] == [8, 16] and Board.said[-1][0] == "closed"
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    code = f"from tests.training.retrieval_parts import process; process({str(tmp_path)!r})"
+    (tmp_path / "run.py").write_text(code)
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'python'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, str(tmp_path / "run.py")], env=env, cwd=root, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    recipe = Recipe(lr=1e-2, coef_lr=1.0, epochs=2, batch_size=8, seed=3)
+    alone = state(run(pairs_of(tmp_path), tmp_path / "one", recipe, Small(0.0), log_every=1).model)
+    both = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert [a["loss"] for a in log(tmp_path / "one")] == pytest.approx(
+        [b["loss"] for b in log(tmp_path / "two")], rel=1e-4
+    )
+    for name in alone:
+        torch.testing.assert_close(alone[name], both[name], rtol=1e-3, atol=1e-5)
+    # Each process alone with half of a batch would have gone elsewhere.
+    half = Recipe(lr=1e-2, coef_lr=1.0, epochs=2, batch_size=4, seed=3)
+    lone = state(run(pairs_of(tmp_path), tmp_path / "half", half, Small(0.0)).model)
+    assert not torch.allclose(lone["words.weight"], both["words.weight"], rtol=1e-3, atol=1e-5)
