@@ -1,0 +1,361 @@
+"""Towers inside other models: heads that pool, models that read every token, wrappers, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import vidtok
+from tests.models.towers import dense
+from tests.models.towers.dense import KINDS, MERGES, by_loops, by_query, close, inputs, make, of
+from vidtok.merge import ToMe
+from vidtok.models import towers, versions
+from vidtok.models.towers import _heads
+
+NAMES = [name for name in KINDS if dense.available(name)]
+POOLED = [name for name in NAMES if KINDS[name].pooled]
+
+
+def logits_by_loops(model, kind, row):
+    """A classifier's answer for one image, its tokens counted by size."""
+    prefix = KINDS[kind].prefix
+    want = by_loops(model, of(row, inputs(kind)), MERGES, prefix)
+    mean = (want.size[prefix:, None] * want.x[prefix:]).sum(0) / want.size[prefix:].sum()
+    if kind.startswith("dinov2"):
+        mean = torch.cat([want.x[0], mean])
+    if kind == "videomae":
+        mean = model.fc_norm(mean)
+    return model.classifier(mean)
+
+
+# ---------------------------------------------------------------------- heads
+@pytest.mark.parametrize("kind", POOLED)
+def test_classifiers_weigh_by_size(kind, monkeypatch):
+    model = dense.pooled(kind)
+    given = inputs(kind)
+    with torch.no_grad():
+        plain = model(**given).logits
+        want = torch.stack([logits_by_loops(model, kind, row) for row in range(2)])
+        with vidtok.attach(model, vision=ToMe(r=MERGES)):
+            assert close(model(**given).logits, want)
+            assert close(model(**given, return_dict=False)[0], want)
+        assert torch.equal(model(**given).logits, plain)
+        with vidtok.attach(model, vision="tome:r=0"):
+            assert torch.equal(model(**given).logits, plain)
+        # Without the weights the mean is another one; SigLIP2's is over tokens that were given back.
+        monkeypatch.setattr(_heads, "sizes", lambda merging: None)
+        with vidtok.attach(model, vision=ToMe(r=MERGES)):
+            assert close(model(**given).logits, want, 1e-3) == (kind == "siglip2")
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2"])
+def test_a_pooling_query_weighs_by_size(kind, monkeypatch):
+    model = make(kind)
+    with torch.no_grad():
+        loops = [by_loops(model, of(row, inputs(kind)), MERGES, 0) for row in range(2)]
+        want = torch.stack([by_query(dense.core(model).head, one.x, one.size) for one in loops])
+        with vidtok.attach(model, vision=ToMe(r=MERGES)):
+            assert close(model(**inputs(kind)).pooler_output, want)
+        monkeypatch.setattr(_heads, "sizes", lambda merging: None)
+        if kind == "siglip":
+            with vidtok.attach(model, vision=ToMe(r=MERGES)):
+                assert not close(model(**inputs(kind)).pooler_output, want, 1e-3)
+
+
+def test_a_masked_mean_leaves_padding_out():
+    model, given = dense.pooled("siglip2"), inputs("siglip2")
+    given["spatial_shapes"] = torch.tensor([[6, 6], [4, 5]])
+    given["pixel_attention_mask"][1, 20:] = 0
+    with torch.no_grad(), vidtok.attach(model, vision=ToMe(r=3)):
+        got = model(**given).logits
+        want = by_loops(model, of(1, given), [3, 3, 3], 0, hidden=lambda place: place >= 20)
+        seen = [t for t, was in enumerate(want.place) if was < 20]
+        mean = (want.size[seen, None] * want.x[seen]).sum(0) / 20
+        assert close(got[1], model.classifier(mean))
+
+
+def test_a_head_forgets_the_tokens_of_a_failed_call():
+    model = dense.pooled("dinov2")
+    with torch.no_grad(), vidtok.attach(model, vision=ToMe(r=MERGES)):
+        want = model(**inputs("dinov2")).logits
+        handle = model.classifier.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+        with pytest.raises(RuntimeError, match="stop"):
+            model(**inputs("dinov2", 3))
+        handle.remove()
+        x = torch.randn(3, 2 * dense.WIDTH)
+        assert torch.equal(model.classifier(x), nn.functional.linear(x, model.classifier.weight, model.classifier.bias))
+        assert torch.equal(model(**inputs("dinov2")).logits, want)
+
+
+# ---------------------------------------------------------------------- models that read every token
+def test_models_that_paint_get_every_token():
+    options = {**dense.COMMON, "encoder_stride": dense.PATCH}
+    vit = dense.sharpen(transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**options)))
+    deit = dense.sharpen(transformers.DeiTForMaskedImageModeling(transformers.DeiTConfig(**options)))
+    for model, prefix in ((vit, 1), (deit, 2)):
+        given = inputs("vit")
+        with torch.no_grad():
+            want = model(**given)
+            with vidtok.attach(model, vision="tome:r=0"):
+                assert torch.equal(model(**given).reconstruction, want.reconstruction)
+            with vidtok.attach(model, vision="tome:r=4") as handle:
+                out = model(**given, output_hidden_states=True)
+        assert out.reconstruction.shape == want.reconstruction.shape
+        assert handle.vision[0].size.shape[1] == 36 + prefix - 12
+        assert {x.shape[1] for x in out.hidden_states} == {36 + prefix}
+
+
+def test_video_pretraining_gets_every_token():
+    config = transformers.VideoMAEConfig(
+        **{**dense.COMMON, **KINDS["videomae"].options}, decoder_hidden_size=16, decoder_num_attention_heads=2,
+        decoder_num_hidden_layers=1, decoder_intermediate_size=16,
+    )  # fmt: skip
+    model = dense.sharpen(transformers.VideoMAEForPreTraining(config))
+    masked = torch.arange(32).remainder(2).bool().expand(2, -1)
+    with torch.no_grad():
+        want = model(**inputs("videomae"), bool_masked_pos=masked).logits
+        with vidtok.attach(model, vision="tome:r=2"):
+            got = model(**inputs("videomae"), bool_masked_pos=masked).logits
+    assert got.shape == want.shape and not torch.equal(got, want)
+
+
+# ---------------------------------------------------------------------- models of two towers
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_image_and_text(kind):
+    name = {"clip": "CLIP", "siglip": "Siglip"}[kind]
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{name}Config")(
+        vision_config={**dense.COMMON, "projection_dim": 16},
+        text_config={**text, "vocab_size": 64, "eos_token_id": 3, "projection_size": dense.WIDTH},
+    )
+    model = dense.sharpen(getattr(transformers, f"{name}Model")(config))
+    ids = torch.tensor([[5, 9, 4, 3]])
+    given = {"input_ids": ids, **inputs(kind)}
+    with torch.no_grad():
+        plain = model(**given)
+        with vidtok.attach(model, vision=ToMe(r=MERGES)) as handle:
+            out = model(**given)
+            model.set_attn_implementation("eager")
+            other = model(**given)
+            model.set_attn_implementation("sdpa")
+            assert len(handle.vision) == 1 and handle.vision[0].run.tokens[-1] == 21 + KINDS[kind].prefix
+        # The text tower is written as the other is, and stays as it was.
+        assert torch.equal(out.text_embeds, plain.text_embeds)
+        assert not torch.equal(out.image_embeds, plain.image_embeds)
+        assert close(other.image_embeds, out.image_embeds)
+        tower = dense.core(model)
+        want = by_loops(tower, of(0, inputs(kind)), MERGES, KINDS[kind].prefix)
+        assert close(out.vision_model_output.last_hidden_state[0], want.x)
+        assert torch.equal(model(**given).image_embeds, plain.image_embeds)
+
+
+def test_inside_a_language_model_every_token_comes_back():
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**dense.COMMON),
+        text_config=transformers.LlamaConfig(**text, vocab_size=64), image_token_index=60, image_token_id=60,
+    )  # fmt: skip
+    model = dense.sharpen(transformers.LlavaForConditionalGeneration(config))
+    ids = torch.tensor([[5] + [60] * 36 + [7, 9]])
+    given = {"input_ids": ids, **inputs("clip", 1)}
+    with torch.no_grad():
+        plain = model(**given).logits
+        # It reads what the last block but one gives.
+        with vidtok.attach(model, vision="tome:r=0"):
+            assert torch.equal(model(**given).logits, plain)
+        with vidtok.attach(model, vision=ToMe(r=MERGES)) as handle:
+            got = model(**given).logits
+            assert handle.vision[0].run.tokens == [37, 31, 26, 22]
+    assert got.shape == plain.shape and not torch.equal(got, plain)
+
+
+# ---------------------------------------------------------------------- wrappers
+def hooked(model):
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(model, hooks.AlignDevicesHook(io_same_device=True))
+    for module in model.modules():
+        if module is not model:
+            hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu", skip_keys=None))
+    return hooks
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "siglip"])
+def test_hooks_of_accelerate(kind):
+    model = dense.pooled(kind)
+    plain = copy.deepcopy(model)
+    hooks = hooked(model)
+    with torch.no_grad():
+        with vidtok.attach(plain, vision=ToMe(r=MERGES)):
+            want = plain(**inputs(kind)).logits
+        with vidtok.attach(model, vision=ToMe(r=MERGES)):
+            assert torch.equal(model(**inputs(kind)).logits, want)
+            twin = copy.deepcopy(model)
+        want = plain(**inputs(kind)).logits
+        for other in (twin, model):
+            assert torch.equal(other(**inputs(kind)).logits, want)
+        hooks.remove_hook_from_submodules(model)
+        assert torch.equal(model(**inputs(kind)).logits, want)
+
+
+def test_hooks_removed_while_attached():
+    model = make("vit")
+    want, hooks = make("vit")(**inputs("vit")).last_hidden_state, hooked(model)
+    with torch.no_grad():
+        with vidtok.attach(model, vision=ToMe(r=MERGES)) as handle:
+            hooks.remove_hook_from_submodules(model)
+            assert model(**inputs("vit")).last_hidden_state.shape[1] == handle.vision[0].run.tokens[-1] == 22
+        assert torch.equal(model(**inputs("vit")).last_hidden_state, want)
+
+
+def test_inside_wrappers():
+    model = make("vit")
+    with torch.no_grad(), vidtok.attach(model, vision=ToMe(r=MERGES)):
+        want = model(**inputs("vit")).last_hidden_state
+
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, **kwargs):
+            return self.module(**kwargs)
+
+    outer = Wrapper(Wrapper(model))
+    # As adapters replace a linear layer.
+    own = dense.part(dense.blocks(model)[0], "attention")
+    own = getattr(own, "attention", own)
+    name = "q_proj" if hasattr(own, "q_proj") else "query"
+    setattr(own, name, nn.Sequential(getattr(own, name)))
+    with torch.no_grad(), vidtok.attach(outer, vision=ToMe(r=MERGES)):
+        assert torch.equal(outer(**inputs("vit")).last_hidden_state, want)
+
+
+def test_distributed_data_parallel(tmp_path):
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = dense.pooled("dinov2")
+        grads = []
+        for outer in (model, nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)):
+            model.zero_grad()
+            with vidtok.attach(outer, vision=ToMe(r=MERGES)):
+                outer(**inputs("dinov2")).logits.square().sum().backward()
+            grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert len(grads[0]) > 20 and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["siglip", "dinov2"])
+def test_compiled_before_and_after(kind):
+    model = dense.pooled(kind) if kind == "dinov2" else make(kind)
+
+    def call(module):
+        with torch.no_grad():
+            out = module(**inputs(kind))
+        return out.logits if kind == "dinov2" else out.last_hidden_state
+
+    plain = call(model)
+    compiled = torch.compile(model, backend="eager")
+    assert close(call(compiled), plain)
+    with vidtok.attach(compiled, vision=ToMe(r=MERGES)) as handle:
+        got = call(compiled)
+        assert close(got, call(model))
+        assert handle.vision[0].run.tokens[-1] < handle.vision[0].run.tokens[0]
+    assert close(call(compiled), plain)
+
+
+# ---------------------------------------------------------------------- what is refused
+@pytest.mark.parametrize(
+    ("vision", "words"),
+    [
+        ("tome:r=-1", "at least 0"),
+        ("tome", "one of r, ratio and k"),
+        (ToMe(r=[1, 2]), "each of the 3 layers, got 2"),
+        ("tome:r=2,metric=query", "metric as one of"),
+        ("tome:r=2,form=bias", "form as one of"),
+    ],
+)
+def test_options_that_do_not_fit(vision, words):
+    model = make("vit")
+    with torch.no_grad():
+        want = model(**inputs("vit")).last_hidden_state
+    with pytest.raises(ValueError, match=words):
+        vidtok.attach(model, vision=vision)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs("vit")).last_hidden_state, want)
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.zeros(9, dtype=torch.bool), torch.zeros(3, 37, dtype=torch.bool), torch.ones(37)]
+)
+def test_a_mask_of_another_shape(mask):
+    model = make("vit")
+    with (
+        torch.no_grad(),
+        vidtok.attach(model, vision=ToMe(r=2, protected=mask)),
+        pytest.raises(ValueError, match=r"protected of bool \[37\] or \[2, 37\]"),
+    ):
+        model(**inputs("vit"))
+
+
+def test_a_model_without_a_tower():
+    with pytest.raises(ValueError) as error:
+        vidtok.attach(nn.Sequential(nn.Linear(2, 2)), vision="tome:r=2")
+    text = str(error.value)
+    assert "vidtok.merge.attach_any" in text and "\n" not in text
+    assert all(name in text for name in KINDS)
+
+
+def test_a_block_with_another_forward():
+    model = make("vit")
+    block = dense.blocks(model)[1]
+    block.forward = lambda x, *args, **kwargs: x
+    with pytest.raises(ValueError, match="replaced"):
+        vidtok.attach(model, vision="tome:r=2")
+    assert not hasattr(dense.blocks(model)[0], "_vidtok")
+
+
+# ---------------------------------------------------------------------- versions
+@pytest.mark.parametrize("kind", NAMES)
+def test_the_record_names_the_tower(kind):
+    model = dense.pooled(kind) if KINDS[kind].pooled else make(kind)
+    ((tower, family),) = towers.locate(model)
+    found, replaced = versions.forwards(towers._relied(tower, family, [model]))
+    record = versions.records()[transformers.__version__]
+    assert not replaced and len(found) >= 3
+    assert {name: record.get(name) for name in found} == found
+    assert family.name == kind
+
+
+def changed(monkeypatch):
+    table = {version: dict(record) for version, record in versions.records().items()}
+    for record in table.values():
+        record["vit.ViTLayer.forward"] = "0" * 12
+    monkeypatch.setattr(versions, "records", lambda: table)
+
+
+def test_another_block_is_refused(monkeypatch):
+    changed(monkeypatch)
+    monkeypatch.setattr(versions, "installed", lambda: "6.1.0")
+    with pytest.raises(ValueError, match=r"6\.1\.0, in which vit\.ViTLayer\.forward changed") as error:
+        vidtok.attach(make("vit"), vision="tome:r=2")
+    assert "4.57.6, 5.17.0, 5.23.0" in str(error.value) and "\n" not in str(error.value)
+    vidtok.attach(make("clip"), vision="tome:r=2").restore()
+    monkeypatch.setenv("VIDTOK_UNTESTED_TRANSFORMERS", "1")
+    with pytest.warns(UserWarning, match="VIDTOK_UNTESTED_TRANSFORMERS"):
+        vidtok.attach(make("vit"), vision="tome:r=2").restore()
+
+
+def test_a_replaced_forward_is_refused(monkeypatch):
+    model = make("vit")
+    kind = type(dense.blocks(model)[0])
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: own(self, *args, **kwargs))
+    with pytest.raises(ValueError, match=r"ViTLayer\.forward replaced"):
+        vidtok.attach(model, vision="tome:r=2")
