@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vidtok.merge.attention import in_products, products
 from vidtok.merge.run import Step
 
 try:
@@ -116,8 +117,13 @@ def sized_attention(
     if config.step is None:
         return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     weights: list[Any] = []
+    fused = implementation == "sdpa" and attention_mask is None and not kwargs.get("dropout")
+    fused = fused and kwargs.get("softcap") is None and kwargs.get("position_bias") is None
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        if fused and mask is not None and in_products(q, k, v, mask):
+            weights.append(None)
+            return products(q, k, v, mask, scale)
         out, weight = function(module, q, k, v, mask, scaling=scale, **kwargs)
         weights.append(weight)
         return out.transpose(1, 2)
