@@ -10,12 +10,13 @@ from torch import nn
 from vidtok.merge.attach import Merging
 from vidtok.merge.frames import kind_of
 from vidtok.merge.options import ToMe
-from vidtok.models import versions
+from vidtok.models import families, versions
 from vidtok.models.towers import (
     _attention,
     clip,
     dinov2,
     dinov3,
+    internvideo2,
     internvl,
     open_clip,
     qwen,
@@ -39,6 +40,7 @@ FAMILIES: tuple[Tower, ...] = (
     *qwen.FAMILIES,
     *timm.FAMILIES,
     *open_clip.FAMILIES,
+    *internvideo2.FAMILIES,
 )
 _BY_CLASS = {(family.package, name): family for family in FAMILIES for name in family.towers}
 
@@ -106,17 +108,27 @@ def merge(
     return merging
 
 
+def _describe(model: nn.Module) -> str:
+    """A model's class, and those of its vision towers where they are known."""
+    name = type(model).__name__
+    try:
+        own = families.locate(model).towers
+    except ValueError:
+        return name
+    classes = dict.fromkeys(type(tower).__name__ for tower in own)
+    return f"{name} with {' and '.join(classes)}" if classes else name
+
+
 def attach_vision(model: nn.Module, options: Any) -> list[Merging]:
     """Put token merging into every vision tower of ``model``."""
     found = locate(model)
     if not found:
         raise ValueError(
-            f"expected a model with a vision tower of a supported family "
-            f"({', '.join(family.name for family in FAMILIES)}), got {type(model).__name__}; "
-            "vidtok.merge.attach_any takes others"
+            f"expected a model with a vision tower of a supported family (docs/vision.md lists them), got "
+            f"{_describe(model)}; vidtok.merge.attach_any takes others"
         )
     # Inside a video-language model every visual token has a place in the prompt.
-    full = any(hasattr(m, "get_placeholder_mask") for m in model.modules())
+    full = any(hasattr(m, "get_placeholder_mask") or hasattr(m, "language_model") for m in model.modules())
     out: list[Merging] = []
     try:
         for tower, family in found:
