@@ -211,7 +211,7 @@ def attach(
 
 
 def detach(model: nn.Module) -> bool:
-    """Take out what :func:`attach` put into a model, also when nobody holds its handle any more.
+    """Take out what :func:`attach` put into a model, vision towers included, also when nobody holds its handle.
 
     Args:
         model: as given to :func:`attach`, or the same model in another wrapper.
@@ -226,12 +226,22 @@ def detach(model: nn.Module) -> bool:
         >>> vidtok.detach(model)  # doctest: +SKIP
         True
     """
-    language_model = families.locate(model).language_model
-    owners = [h.owner for h in language_model._forward_pre_hooks.values() if isinstance(h, _Hook)]
+    merges = {id(slot.owner): slot.owner for m in model.modules() if (slot := vars(m).get("_vidtok")) is not None}
+    try:
+        hooks = list(families.locate(model).language_model._forward_pre_hooks.values())
+    except ValueError:
+        from vidtok.models import towers
+
+        if not merges and not towers.locate(model):
+            raise
+        hooks = []
+    owners = [h.owner for h in hooks if isinstance(h, _Hook)]
     found = [owner.handle for owner in owners if owner.handle is not None and owner.active]
     for handle in found:
         handle.restore()
-    return bool(found)
+    for merging in merges.values():
+        merging.restore()
+    return bool(found or merges)
 
 
 def install(

@@ -20,11 +20,12 @@ class Token:
     at: tuple[int, int]
 
 
-def groups(metric: Tensor, r: int) -> list[list[int]]:
-    """Who merges with whom in one segment: destinations first; sources that stay, then destinations."""
+def groups(metric: Tensor, r: int, protected: int = 0) -> list[list[int]]:
+    """Who merges with whom in one segment, destinations first: the protected, sources that stay, destinations."""
     tokens = len(metric)
-    sources, targets = list(range(0, tokens, 2)), list(range(1, tokens, 2))
-    r = min(r, tokens // 2, len(sources)) if targets else 0
+    sources = [i for i in range(0, tokens, 2) if i >= protected]
+    targets = [i for i in range(1, tokens, 2) if i >= protected]
+    r = min(r, (tokens - protected) // 2, len(sources)) if targets else 0
     unit = metric / metric.norm(dim=-1, keepdim=True)
     best = []
     for source in sources if r else ():
@@ -33,7 +34,7 @@ def groups(metric: Tensor, r: int) -> list[list[int]]:
     gone = {source: target for _, source, target in sorted(best)[:r]}
     if not gone:
         return [[i] for i in range(tokens)]
-    stay = [i for i in sources if i not in gone] + targets
+    stay = list(range(protected)) + [i for i in sources if i not in gone] + targets
     return [[i, *(source for source, target in gone.items() if target == i)] for i in stay]
 
 
@@ -121,3 +122,33 @@ def run(
             frames[f] = merged
         given.append(full(frames, len(x)))
     return given, frames
+
+
+def dense(blocks: Any, x: Tensor, r: int, protected: int) -> list[Tensor]:
+    """What each block of CLIP, SigLIP or InternVL gives for one image ``[T, C]``, at full length."""
+    tokens = [Token(value, [i], (0, 0)) for i, value in enumerate(x)]
+    given = []
+    for block in blocks:
+        part = getattr(block, "self_attn", None) or block.attention
+        before = getattr(block, "layer_norm1", None) or block.layernorm_before
+        after = getattr(block, "layer_norm2", None) or block.layernorm_after
+        out = getattr(part, "out_proj", None) or part.projection_layer
+        scales = [getattr(block, f"lambda_{i}", 1.0) for i in (1, 2)]
+        y = torch.stack([token.x for token in tokens])
+        q, k, v = (getattr(part, f"{n}_proj")(before(y)).unflatten(-1, (part.num_heads, -1)) for n in "qkv")
+        q, k, v = (h.transpose(0, 1) for h in (q, k, v))
+        size = torch.tensor([float(len(token.places)) for token in tokens])
+        mixed = attention(q, k, v, size, q.shape[-1] ** -0.5).transpose(0, 1).flatten(1)
+        y = y + scales[0] * out(mixed)
+        made = []
+        for group in groups(k.mean(0), r, protected):
+            members = [tokens[i] for i in group]
+            value = sum(len(tokens[i].places) * y[i] for i in group) / sum(len(t.places) for t in members)
+            made.append(Token(value, [p for t in members for p in t.places], (0, 0)))
+        y = torch.stack([token.x for token in made])
+        y = y + scales[1] * block.mlp(after(y))
+        for token, value in zip(made, y, strict=True):
+            token.x = value
+        tokens = made
+        given.append(full([[tokens]], len(x)))
+    return given
