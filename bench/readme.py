@@ -248,8 +248,14 @@ def filled(text: str, block: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
 def wanted(path: Path) -> str:
     """The README as the committed results have it."""
     text = filled(filled(README.read_text(), render(path)), gpu_block(), GPU_MARKS)
+    from bench import retrieval
+    from bench.accuracy import results as accuracy
+
     text = filled(text, decoder_block(), DECODER_MARKS)
-    return filled(text, vision_block(), VISION_MARKS)
+    text = filled(text, vision_block(), VISION_MARKS)
+    for part in (accuracy, retrieval):
+        text = filled(text, part.block(), part.MARKS)
+    return text
 
 
 def update(path: Path) -> None:

@@ -88,6 +88,16 @@ class _Run(Run):
         return (_Pool if self.way.startswith("pool") else _Drop)(self, index)
 
 
+def divert(run: Run, way: str, generator: torch.Generator, side: int) -> Run:
+    """The same counts as ``run`` has, in another way; ``side * side`` patches enter."""
+    if not way.startswith("tome"):
+        other: Any = run
+        other.__class__ = _Run
+        other.way, other.generator, other.grid = way, generator, (side, side)
+        other.cells = torch.ones(side * side)
+    return run
+
+
 def attach(model: Any, way: str, r: int | list[int], seed: int = 0) -> Any:
     """An attachment that reduces the tokens of a vision transformer in one of the ``WAYS``.
 
@@ -98,17 +108,11 @@ def attach(model: Any, way: str, r: int | list[int], seed: int = 0) -> Any:
         seed: of what is drawn.
     """
     handle = vidtok.attach(model, vision=ToMe(r=r, prop_attn=way in ("tome", "pool-sized")))
-    if way.startswith("tome"):
-        return handle
     generator = torch.Generator().manual_seed(seed)
     side = model.config.image_size // model.config.patch_size
 
     def begin(first: Any, *args: Any) -> Run:
-        run = first(*args)
-        run.__class__ = _Run
-        run.way, run.generator, run.grid = way, generator, (side, side)
-        run.cells = torch.ones(side * side)
-        return run
+        return divert(first(*args), way, generator, side)
 
     for merging in handle.vision:
         merging.begin = partial(begin, merging.begin)
