@@ -28,9 +28,12 @@ RECIPE = Recipe(lr=1e-2, coef_lr=0.5, epochs=4, batch_size=4, seed=1)
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """accelerate keeps precision and device for the whole process."""
+    """accelerate keeps precision and device for the whole process; tiny tensors are slower on two threads."""
     AcceleratorState._reset_state(True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     AcceleratorState._reset_state(True)
 
 

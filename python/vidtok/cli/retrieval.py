@@ -12,6 +12,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vidtok.cli.errors import InputError, one_line
 from vidtok.cli.retrieval_options import RetrievalOptions
 from vidtok.data.retrieval import (
@@ -43,8 +45,6 @@ def run(options: RetrievalOptions, model: Any = None) -> dict[str, Any]:
     options = _preset(options)
     _check(options)
     recipe = _recipe(options)
-    if importlib_missing("accelerate"):
-        raise ImportError("expected the package accelerate (pip install 'vidtok[train]'), got none")
     accelerator = accelerator_for(recipe, cpu=options.device == "cpu")
     talk = Talk(accelerator.is_main_process)
     # Annotations first: a wrong path is found before a large checkpoint is read.
@@ -57,7 +57,10 @@ def run(options: RetrievalOptions, model: Any = None) -> dict[str, Any]:
     place = locate(options.pretrained_clip_name) if model is None or options.tokenizer is None else None
     if model is None:
         assert place is not None
-        model = build(options, place)
+        # Prompts are drawn at random; every process draws the same.
+        torch.manual_seed(options.seed)
+        with talk.warnings():
+            model = build(options, place)
     own: Any = getattr(model, "config", None)
     frames = options.max_frames if "max_frames" in options.given else getattr(own, "max_frames", options.max_frames)
     length = options.max_words if "max_words" in options.given else getattr(own, "max_words", options.max_words)
@@ -84,13 +87,6 @@ def run(options: RetrievalOptions, model: Any = None) -> dict[str, Any]:
         (folder / "metrics.json").write_text(json.dumps(_plain(scores), indent=2) + "\n", encoding="utf-8")
         _print(scores)
     return _plain(scores)
-
-
-def importlib_missing(name: str) -> bool:
-    """Whether a package is not installed."""
-    import importlib.util
-
-    return importlib.util.find_spec(name) is None
 
 
 def _preset(options: RetrievalOptions) -> RetrievalOptions:
@@ -133,17 +129,28 @@ def _check(options: RetrievalOptions) -> None:
     merges(options.tome_r)
 
 
-def merges(text: str) -> int | list[int]:
-    """``--tome_r``: a whole number, or one for each layer with commas between them."""
+def merges(text: str) -> int | list[int] | tuple[int, float]:
+    """``--tome_r``: a whole number, one for each layer with commas between them, or ``R:INFLECTION``."""
     parts = [p.strip() for p in str(text).split(",")]
-    if not all(p.isascii() and p.isdigit() and len(p) < 6 for p in parts):
-        raise InputError(f"expected --tome_r as a whole number of at least 0, or several with commas, got {text!r}")
-    return int(parts[0]) if len(parts) == 1 else [int(p) for p in parts]
+    number, colon, inflection = str(text).partition(":")
+    try:
+        if colon:
+            return merges_of(number), float(inflection)
+        found = [merges_of(p) for p in parts]
+    except ValueError:
+        wanted = "--tome_r as a whole number of at least 0, several with commas, or R:INFLECTION"
+        raise InputError(f"expected {wanted}, got {text!r}") from None
+    return found[0] if len(found) == 1 else found
+
+
+def merges_of(text: str) -> int:
+    """A number of merges."""
+    if not (text.isascii() and text.isdigit() and len(text) < 6):
+        raise ValueError
+    return int(text)
 
 
 def _recipe(options: RetrievalOptions) -> Recipe:
-    import torch
-
     amp = options.amp
     if amp == "auto":
         gpu = torch.cuda.is_available() and options.device != "cpu"

@@ -41,10 +41,14 @@ class RetrievalOptions:
     freeze_layer_num: int | None = _option(
         None, "Layers of CLIP that stay as they are, -1 for none (all with prompts, none without)."
     )
-    tome_r: str = _option("0", "Tokens merged per layer, or one number for each layer with commas.")
+    tome_r: str = _option("0", "Tokens merged per layer: one number, one for each layer with commas, or R:INFLECTION.")
     tome_trace_source: bool = _option(False, "Keep track of which tokens merged.")
     tome_prop_attn: bool = _option(True, "Weigh merged tokens by their size in attention.")
-    tome_frames: str | None = _option(None, "Join frames at layers, as LAYER:COUNT with commas, for example 6:2,9:3.")
+    tome_metric: str = _option("keys", "What similarity is taken of: keys, queries, values or hidden.")
+    tome_frame_merging: bool = _option(False, "Also join frames along the depth.")
+    tome_merge_layers: str = _option("8-9-10", "Layers before which frames join, from 0.")
+    tome_merge_frame_nums: str = _option("2-2-3", "How many become one there.")
+    tome_merge_proportions: str = _option("30-10", "Percent of tokens that merge when frames join, and after it.")
     max_frames: int = _option(12, "Frames per video.")
     max_words: int = _option(32, "Tokens per caption, start and end among them.")
     image_size: int | None = _option(None, "Height and width of frames (the model's).")
