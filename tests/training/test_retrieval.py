@@ -18,7 +18,7 @@ pytest.importorskip("accelerate")
 
 from accelerate.state import AcceleratorState
 
-from tests.training.retrieval_parts import Each, Small, pairs_of, same, state
+from tests.training.retrieval_parts import Each, Small, pairs_of, same, scores, state
 from vidtok.data.retrieval import TrainingPairs
 from vidtok.training import checkpoints as checkpoints_module
 from vidtok.training.retrieval import Recipe, accelerator_for, train
@@ -76,6 +76,11 @@ def test_the_random_state_is_part_of_a_checkpoint(
 
     monkeypatch.setattr(checkpoints_module.Checkpoints, "load", forget)
     assert not same(state(whole.model), state(run(data, tmp_path / "parts", resume="auto").model))
+
+
+def test_other_processes_decode_the_same(data: TrainingPairs, tmp_path: Path) -> None:
+    one = run(data, tmp_path / "one", stop_after=5)
+    assert same(state(one.model), state(run(data, tmp_path / "two", stop_after=5, workers=2).model))
 
 
 def test_seeds_decide(data: TrainingPairs, tmp_path: Path) -> None:
@@ -266,13 +271,19 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     done = subprocess.run([*command, str(tmp_path / "run.py")], env=env, cwd=root, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     recipe = Recipe(lr=1e-2, coef_lr=1.0, epochs=2, batch_size=8, seed=3)
-    alone = state(run(pairs_of(tmp_path), tmp_path / "one", recipe, Small(0.0), log_every=1).model)
-    both = torch.load(tmp_path / "two.pt", weights_only=True)
-    assert [a["loss"] for a in log(tmp_path / "one")] == pytest.approx(
-        [b["loss"] for b in log(tmp_path / "two")], rel=1e-4
+    data = pairs_of(tmp_path)
+    done_alone = run(
+        data, tmp_path / "one", recipe, Small(0.0), log_every=1, evaluate=lambda model, epoch: scores(model, data)
     )
+    alone = state(done_alone.model)
+    found = torch.load(tmp_path / "two.pt", weights_only=True)
+    both = found["state"]
+    losses = [[line["loss"] for line in log(tmp_path / name) if "loss" in line] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
     for name in alone:
         torch.testing.assert_close(alone[name], both[name], rtol=1e-3, atol=1e-5)
+    for one, two in zip(done_alone.scores, found["scores"]):
+        assert {k: pytest.approx(v) for k, v in one.items()} == two
     # Each process alone with half of a batch would have gone elsewhere.
     half = Recipe(lr=1e-2, coef_lr=1.0, epochs=2, batch_size=4, seed=3)
     lone = state(run(pairs_of(tmp_path), tmp_path / "half", half, Small(0.0)).model)

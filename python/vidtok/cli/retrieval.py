@@ -45,6 +45,8 @@ def run(options: RetrievalOptions, model: Any = None) -> dict[str, Any]:
     options = _preset(options)
     _check(options)
     recipe = _recipe(options)
+    # Decoding processes are forked from one that has used the tokenizer.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     accelerator = accelerator_for(recipe, cpu=options.device == "cpu")
     talk = Talk(accelerator.is_main_process)
     # Annotations first: a wrong path is found before a large checkpoint is read.

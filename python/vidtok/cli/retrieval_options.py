@@ -44,7 +44,7 @@ class RetrievalOptions:
     tome_r: str = _option("0", "Tokens merged per layer: one number, one for each layer with commas, or R:INFLECTION.")
     tome_trace_source: bool = _option(False, "Keep track of which tokens merged.")
     tome_prop_attn: bool = _option(True, "Weigh merged tokens by their size in attention.")
-    tome_metric: str = _option("keys", "What similarity is taken of: keys, queries, values or hidden.")
+    tome_metric: str = _option("keys", "What similarity is taken of: keys, values or hidden.")
     tome_frame_merging: bool = _option(False, "Also join frames along the depth.")
     tome_merge_layers: str = _option("8-9-10", "Layers before which frames join, from 0.")
     tome_merge_frame_nums: str = _option("2-2-3", "How many become one there.")

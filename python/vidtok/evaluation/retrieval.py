@@ -36,7 +36,9 @@ class Scores:
         expected = ranks.expected()
         recall = [100 * float(ranks.within(k).mean()) for k in (1, 5, 10)]
         # torch's median takes the lower of two middle ones.
-        return cls(recall[0], recall[1], recall[2], float(expected.quantile(0.5)), float(expected.mean()), len(expected))
+        return cls(
+            recall[0], recall[1], recall[2], float(expected.quantile(0.5)), float(expected.mean()), len(expected)
+        )
 
     def as_dict(self, prefix: str = "") -> dict[str, float]:
         """With the usual names: ``R@1``, ``R@5``, ``R@10``, ``MdR``, ``MnR``."""
@@ -144,7 +146,16 @@ def evaluate(
     device = next((p.device for p in plain.parameters()), torch.device("cpu"))
     loader: Any = DataLoader(clips, batch_size=batch_size, num_workers=workers, generator=torch.Generator())
     if accelerator is not None:
-        loader = accelerator.prepare_data_loader(loader)
+        from accelerate.data_loader import prepare_data_loader
+
+        # Not by the accelerator itself, which would keep every loader of every evaluation.
+        loader = prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            put_on_device=True,
+        )
     was = plain.training
     plain.eval()
     try:
