@@ -68,7 +68,7 @@ def test_loops_without_merging_are_the_published_form():
 
 
 @given(frames=st.integers(1, 7), batch=st.integers(1, 3), r=st.integers(0, 20), prompts=st.integers(1, 6))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_any_frames_and_any_r(frames, batch, r, prompts):
     model = make(layers=3, frame_prompts=prompts, global_prompts=7 - prompts)
     with warnings.catch_warnings():

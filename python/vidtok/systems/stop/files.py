@@ -101,8 +101,7 @@ def save(model: CLIP4Clip, directory: str | os.PathLike[str]) -> None:
     """Write ``model.safetensors`` and ``config.json``, which :func:`load` reads."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    heads = {"vision_heads": model.sizes.vision_heads, "text_heads": model.sizes.text_heads}
-    about = {"stop": asdict(model.config) | heads, "sizes": asdict(model.sizes)}
+    about = {"stop": asdict(model.config), "sizes": asdict(model.sizes)}
     (directory / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, directory / _WEIGHTS[0])
 

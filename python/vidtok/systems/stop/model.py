@@ -58,6 +58,8 @@ class CLIP4Clip(nn.Module):
         else:
             weights = checkpoint.Weights.of(clip_state_dict)
             self.sizes = weights.sizes(self.config.vision_heads, self.config.text_heads)
+        heads = {"vision_heads": self.sizes.vision_heads, "text_heads": self.sizes.text_heads}
+        self.config = replace(self.config, **heads)
         self.clip = CLIP(self.sizes)
         self.stop = Stop(self.sizes, self.config) if self.config.temporal_prompt != "none" else None
         if weights is not None:
