@@ -50,14 +50,18 @@ def merging_class(kind: type[nn.Module]) -> type[nn.Module]:
     class Merged(kind):  # type: ignore[misc, valid-type]
         # The run travels in the arguments, so that a checkpoint's recomputation meets the one it belongs to.
         def __call__(self, *args: Any, vidtok_run: Run | None = None, **kwargs: Any) -> Any:
-            slot: Slot = self._vidtok
+            slot: Slot | None = getattr(self, "_vidtok", None)
+            if slot is None:
+                return super().__call__(*args, **kwargs)
             args, kwargs = slot.positional(args, kwargs)
             run = slot.owner.enter(slot.index, args, kwargs) if vidtok_run is None else vidtok_run
             return super().__call__(*args, vidtok_run=run, **kwargs)
 
         @functools.wraps(kind.forward)
         def forward(self, *args: Any, vidtok_run: Run | None = None, **kwargs: Any) -> Any:
-            slot: Slot = self._vidtok
+            slot: Slot | None = getattr(self, "_vidtok", None)
+            if slot is None:
+                return super().forward(*args, **kwargs)
             args, kwargs = slot.positional(args, kwargs)
             run = slot.owner.enter(slot.index, args, kwargs) if vidtok_run is None else vidtok_run
             return slot.owner.forward(self, run, slot.index, args, kwargs)
@@ -83,7 +87,9 @@ def swap(block: Any, owner: Merging, index: int) -> Callable[[], None]:
 
     def back() -> None:
         undo()
-        block.__class__ = kind
+        # fully_shard derives a class from the one that it meets; without its slot that goes on as ``kind`` does.
+        if type(block) is merged:
+            block.__class__ = kind
         del block._vidtok
 
     return back

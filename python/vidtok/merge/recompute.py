@@ -26,9 +26,14 @@ def remember(x: Tensor, owner: object, run: Any) -> None:
     if not torch.compiler.is_compiling() and type(x) is Tensor:
         storage = x.untyped_storage()
         # The dictionary is new each time: passes before this one may share the storage of a leaf.
-        setattr(storage, _NAME, {**getattr(storage, _NAME, {}), id(owner): run})
+        setattr(storage, _NAME, {**getattr(storage, _NAME, {}), _place(x, owner): run})
 
 
 def recall(x: Tensor, owner: object) -> Any:
     """The run that ``x`` entered a block of ``owner`` as part of; None where it did not."""
-    return getattr(x.untyped_storage(), _NAME, {}).get(id(owner)) if type(x) is Tensor else None
+    return getattr(x.untyped_storage(), _NAME, {}).get(_place(x, owner)) if type(x) is Tensor else None
+
+
+def _place(x: Tensor, owner: object) -> tuple[Any, ...]:
+    """Parts of one batch share a storage."""
+    return id(owner), x.storage_offset(), x.shape

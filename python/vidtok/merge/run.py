@@ -156,4 +156,6 @@ def weighted_mean(x: Tensor, size: Tensor | None, skip: int = 0) -> Tensor:
     if size is None:
         return x.mean(1)
     weight = size[:, skip:]
-    return (torch.einsum("btc,bt->bc", x.float(), weight) / weight.sum(1, keepdim=True)).to(x.dtype)
+    # Autocast would take the sum to half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        return (torch.einsum("btc,bt->bc", x.float(), weight) / weight.sum(1, keepdim=True)).to(x.dtype)
