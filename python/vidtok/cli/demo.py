@@ -48,6 +48,7 @@ def run(
     seed: int,
     report: str | None,
     decoder: str = "",
+    vision: str = "",
 ) -> Outcome:
     """Compare on ``video`` or the clip, with ``model`` or random weights."""
     options = Options(
@@ -64,6 +65,7 @@ def run(
         seed=seed,
         report=report or None,
         decoder=decoder,
+        vision=vision,
         budget=90.0,
     )
 

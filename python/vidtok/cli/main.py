@@ -46,6 +46,14 @@ def _app() -> Any:
             metavar="SPEC",
         ),
     ]
+    Vision = Annotated[
+        str,
+        typer.Option(
+            help="How patches merge inside the vision tower, for example 'tome:r=8' (r in each window or frame of "
+            "each block); none by default.",
+            metavar="SPEC",
+        ),
+    ]
     Frames = Annotated[int, typer.Option(help="Frames taken at most, spread evenly.", metavar="N")]
     Fps = Annotated[float | None, typer.Option(help="Frames taken per second of video, up to --max-frames.")]
     Pixels = Annotated[int | None, typer.Option(help="Most pixels per frame after resizing (the model's own limit).")]
@@ -85,6 +93,7 @@ def _app() -> Any:
         question: Question,
         visual: Visual = _DEFAULT_VISUAL,
         decoder: Decoder = "",
+        vision: Vision = "",
         max_frames: Frames = 32,
         fps: Fps = None,
         max_pixels: Pixels = None,
@@ -108,6 +117,7 @@ def _app() -> Any:
         options = Options(
             video, question, visual, model, max_frames, fps, max_pixels, dtype, device, attention, position,
             max_new_tokens, compare, repeat, seed, report, video_backend, isolate, decode_timeout, decoder,
+            vision,
         )  # fmt: skip
         show.run(options)
 
@@ -122,6 +132,7 @@ def _app() -> Any:
         question: Question = "What happens in this video?",
         visual: Visual = f"{_DEFAULT_VISUAL}+uniform:ratio=0.5",
         decoder: Decoder = "",
+        vision: Vision = "",
         max_frames: Frames = 20,
         dtype: Dtype = "auto",
         device: Device = "auto",
@@ -134,7 +145,8 @@ def _app() -> Any:
         from vidtok.cli import demo as command
 
         command.run(
-            model, video, question, visual, max_frames, dtype, device, max_new_tokens, repeat, seed, report, decoder
+            model, video, question, visual, max_frames, dtype, device, max_new_tokens, repeat, seed, report, decoder,
+            vision,
         )  # fmt: skip
 
     @app.command(

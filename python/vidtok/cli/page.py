@@ -143,6 +143,8 @@ def number(value: float | None, unit: str) -> str:
         return "–"
     if unit == "tokens":
         return f"{value:,.0f}".replace(",", " ")
+    if unit == "FLOPs":
+        return f"{value / 1e12:.2f} TFLOPs" if value >= 1e12 else f"{value / 1e9:.3g} GFLOPs"
     if unit == "B":
         return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
     if value >= 10:

@@ -46,6 +46,7 @@ class Options:
     isolate: bool = True
     decode_timeout: float = 120.0
     decoder: str = ""
+    vision: str = ""
     budget: float = float("inf")
 
 
@@ -78,7 +79,8 @@ class Outcome:
     @property
     def disturbed(self) -> str | None:
         """A sentence when the times of equal work differ so much that the machine must have been busy."""
-        if self.full is None:
+        # With merging in the tower its work is not the same.
+        if self.full is None or self.options.vision:
             return None
         low, high = sorted((self.full.times["vision"], self.reduced.times["vision"]))
         if high < 0.1 or high < 1.25 * low:
@@ -94,8 +96,10 @@ class Outcome:
         full, reduced = self.full, self.reduced
         saved = self.visual_in - self.visual_out
         table: list[tuple[str, str, float | None, float]] = [
-            ("Visual tokens", "tokens", float(self.visual_in), float(self.visual_out)),
+            ("Patches in the tower's last MLP", "tokens", float(tower.tokens), float(tower.blocks[-1].merged))
+            for tower in reduced.report.vision
         ]
+        table += [("Visual tokens", "tokens", float(self.visual_in), float(self.visual_out))]
         table += [
             (f"  from layer {layer} on", "tokens", float(self.visual_in), float(plan.num_out))
             for layer, plan in self.sample.stages
@@ -105,6 +109,10 @@ class Outcome:
             ("Prompt tokens", "tokens", float(self.prompt_tokens), float(self.prompt_tokens - saved)),
             ("KV cache", "B", float(report.kv_bytes + report.kv_bytes_saved), float(report.kv_bytes)),
             ("Video decode", "s", self.decode_seconds, self.decode_seconds),
+        ]
+        table += [
+            ("Operations in the tower", "FLOPs", float(tower.flops_whole), float(tower.flops))
+            for tower in report.vision
         ]
         names = {"vision": "Vision tower", "decide": "Decide", "move": "Move", "prefill": "Prefill"}
         for key, label in {**names, "decoding": "Decoding"}.items():
@@ -117,7 +125,7 @@ class Outcome:
             ("Peak memory", "B", float(full.peak_bytes) if full else None, float(reduced.peak_bytes)),
             ("Peak above idle", "B", float(full.extra_bytes) if full else None, float(reduced.extra_bytes)),
         ]
-        return [(a, b, c if full or b == "tokens" else None, d) for a, b, c, d in table]
+        return [(a, b, c if full or b in ("tokens", "FLOPs") else None, d) for a, b, c, d in table]
 
 
 def check(options: Options) -> Any:
@@ -158,6 +166,10 @@ def check(options: Options) -> Any:
     method = spec.resolve(options.visual)
     if options.decoder:
         resolve_drop(options.decoder)
+    if options.vision:
+        from vidtok.merge.spec import parse
+
+        parse(options.vision)
     with VideoReader(options.video, **_reader(options)):
         return method
 
@@ -269,7 +281,13 @@ def _answer(
 
 @contextlib.contextmanager
 def _attachment(model: Any, method: Any, options: Options) -> Iterator[Any]:
-    handle = vidtok.attach(model, visual=method, decoder=options.decoder or None, position=options.position)
+    handle = vidtok.attach(
+        model,
+        vision=options.vision or None,
+        visual=method,
+        decoder=options.decoder or None,
+        position=options.position,
+    )
     try:
         yield handle
     finally:

@@ -57,7 +57,8 @@ def _print(outcome: Outcome) -> None:
         f"token grid {t} x {h} x {w} ({video.backend})"
     )
     dropped = f" decoder={outcome.options.decoder}" if outcome.options.decoder else ""
-    out.print(Text(f"visual={outcome.visual}{dropped}"))
+    merged = f"vision={outcome.options.vision} " if outcome.options.vision else ""
+    out.print(Text(f"{merged}visual={outcome.visual}{dropped}"))
     out.print()
     if outcome.full is not None:
         _answer(out, "Unreduced", outcome.full_answer or "")

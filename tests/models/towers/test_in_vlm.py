@@ -109,7 +109,8 @@ def test_logits_are_those_of_loops(kind, monkeypatch):
     assert (got - whole).norm() > 1e-2 * want.norm()
 
 
-@pytest.mark.parametrize("name", ["llava_next_video", "llava_onevision", "internvl"])
+# InternVL's tower of transformers 4 does not take output_hidden_states.
+@pytest.mark.parametrize("name", ["llava_next_video", "llava_onevision", *["internvl"][: tiny.VERSION[0] - 4]])
 def test_states_that_are_read_are_full_and_those_of_loops(name):
     config = family(name).make("sdpa").config
     config.vision_config.num_hidden_layers = 4
