@@ -51,6 +51,12 @@ def test_words_come_back(trained: tuple[Path, Any]) -> None:
     assert texts[0].replace(" '", "'") == "the red bar's left" and texts[1].startswith("cr") and "猫" in texts[1]
 
 
+def test_ids_are_the_same_with_every_transformers(trained: tuple[Path, Any]) -> None:
+    # Lower case, accents kept, one token per digit and per byte that no merge knows.
+    ids, _ = Words(trained[1], 14)(["Crème 42, ISN'T"])
+    assert ids.tolist() == [[538, 66, 81, 127, 101, 76, 324, 275, 273, 267, 535, 333, 520, 539]]
+
+
 def test_a_caption_that_spells_the_end_token(trained: tuple[Path, Any]) -> None:
     ids, mask = Words(trained[1], 16)(["red <|endoftext|> bar"])
     row = ids[0, : int(mask.sum())].tolist()

@@ -70,7 +70,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     Raises:
         ValueError: when there is none, or it does not load.
     """
-    from transformers import CLIPTokenizer
+    # The fast one: the other takes accents off where ftfy is not installed, and is slow.
+    from transformers import CLIPTokenizerFast
 
     place = Path(folder)
     if place.is_file() and place.name != _OPENAI:
@@ -78,14 +79,14 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     openai = place if place.is_file() else place / _OPENAI
     if ((place / "vocab.json").is_file() and (place / "merges.txt").is_file()) or (place / "tokenizer.json").is_file():
         try:
-            return CLIPTokenizer.from_pretrained(str(place), local_files_only=True)
+            return CLIPTokenizerFast.from_pretrained(str(place), local_files_only=True)
         except Exception as error:  # what a damaged file raises differs from version to version
             said = " ".join(str(error).split())[:120]
             fail("files of a CLIP tokenizer", f"{shown(str(place))}, which do not load ({said})")
     if openai.is_file():
         with tempfile.TemporaryDirectory() as made:
             _write(_openai_vocabulary(openai), Path(made))
-            return CLIPTokenizer.from_pretrained(made, local_files_only=True)
+            return CLIPTokenizerFast.from_pretrained(made, local_files_only=True)
     text = f"vocab.json and merges.txt, tokenizer.json, or {_OPENAI}"
     fail(f"a CLIP tokenizer ({text}) in {shown(str(place))}", "none")
 
