@@ -1,7 +1,7 @@
 """Make a small retrieval set in MSR-VTT's layout from real clips and pictures that package registries carry.
 
 Things cut out of Fashion-MNIST pictures move over stretches of real clips, and captions say what moves where: "a
-sneaker moves along the top over a street with traffic". Test videos take other pictures, later stretches of the clips
+red sneaker moves along the top over a street with traffic". Test videos take other pictures, later stretches of the clips
 and combinations that training does not have, so their captions are new and differ from each other.
 
     python examples/retrieval/make_set.py --cache FOLDER --out FOLDER
@@ -51,9 +51,15 @@ SCENES = (
     Scene("a pianist", "musicalgestures", "pianist.avi", 0, 600),
     Scene("a dancer", "musicalgestures", "dancer.avi", 0, 600),
 )
-THINGS = (
-    "a t-shirt", "trousers", "a pullover", "a dress", "a coat", "a sandal", "a shirt", "a sneaker", "a bag", "a boot",
-)  # fmt: skip
+THINGS = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+COLOURS = {
+    "white": (255, 255, 255),
+    "red": (255, 60, 60),
+    "green": (60, 220, 60),
+    "blue": (80, 110, 255),
+    "yellow": (255, 230, 40),
+    "purple": (220, 60, 230),
+}
 # Begin and end of a path, as shares of the way that the frame leaves; half of the videos go it backwards.
 PATHS = {
     "along the top": ((0, 0), (1, 0)),
@@ -131,7 +137,7 @@ def cutouts(cache: Path, test: bool) -> tuple[np.ndarray, np.ndarray]:
         return images, np.frombuffer(file.read(), np.uint8, offset=8)
 
 
-def compose(clip: np.ndarray, thing: np.ndarray, path: str, drawn: random.Random) -> np.ndarray:
+def compose(clip: np.ndarray, thing: np.ndarray, colour: str, path: str, drawn: random.Random) -> np.ndarray:
     """``[FRAMES, SIZE, SIZE, 3]``: the cutout moves over a crop of consecutive frames."""
     step = 1 if len(clip) < 2 * FRAMES else drawn.choice((1, 2))
     start = drawn.randrange(max(1, len(clip) - step * (FRAMES - 1)))
@@ -145,13 +151,13 @@ def compose(clip: np.ndarray, thing: np.ndarray, path: str, drawn: random.Random
     room = SIZE - CUTOUT
     # Where the thing is, it covers what is behind; thin edges stay a little transparent.
     cover = np.minimum(1.0, thing[..., None] / 64.0)
-    grey = np.clip(thing[..., None] * 1.1 + 20, 0, 255)
+    shade = np.clip(thing[..., None] * 0.8 + 75, 0, 255) / 255 * np.array(COLOURS[colour])
     out = []
     for i in range(FRAMES):
         frame = clip[min(start + i * step, len(clip) - 1), top : top + SIZE, left : left + SIZE].astype(float)
         x, y = (round(v * room) for v in begin + (end - begin) * i / (FRAMES - 1))
         part = frame[y : y + CUTOUT, x : x + CUTOUT]
-        part[:] = part * (1 - cover) + grey * cover
+        part[:] = part * (1 - cover) + shade * cover
         out.append(frame.astype(np.uint8))
     return np.stack(out)
 
@@ -167,11 +173,16 @@ def write(frames: np.ndarray, path: Path) -> None:
         container.mux(stream.encode())
 
 
-def caption(thing: int, path: str, scene: int, drawn: random.Random) -> str:
+def caption(thing: int, colour: str, path: str, scene: int, drawn: random.Random) -> str:
     """One of the forms that say it."""
-    move = drawn.choice(("move", "go")) + ("" if THINGS[thing] == "trousers" else "es")
-    move = move.replace("movees", "moves")
-    return drawn.choice(FORMS).format(thing=THINGS[thing], move=move, path=path, scene=SCENES[scene].text)
+    several = THINGS[thing] == "trousers"
+    words = {
+        "thing": f"{'' if several else 'a '}{colour} {THINGS[thing]}",
+        "move": drawn.choice(("move", "go") if several else ("moves", "goes")),
+        "path": path,
+        "scene": SCENES[scene].text,
+    }
+    return drawn.choice(FORMS).format(**words)
 
 
 def make(cache: Path, out: Path, train: int = 2000, test: int = 240, seed: int = 0) -> None:
@@ -181,11 +192,11 @@ def make(cache: Path, out: Path, train: int = 2000, test: int = 240, seed: int =
         cache: where the packages are or go.
         out: the folder of ``MSRVTT_data.json``, ``MSRVTT_train.9k.csv``, ``MSRVTT_JSFUSION_test.csv`` and ``videos``.
         train: training videos, of 2 captions each.
-        test: test videos, of one caption each; no two have the same thing, path and scene.
+        test: test videos, of one caption each; no two have the same thing, colour, path and scene.
         seed: of all choices.
     """
     drawn = random.Random(seed)
-    combinations = list(itertools.product(range(len(THINGS)), PATHS, range(len(SCENES))))
+    combinations = list(itertools.product(range(len(THINGS)), COLOURS, PATHS, range(len(SCENES))))
     drawn.shuffle(combinations)
     if not 0 < test < len(combinations):
         raise ValueError(f"expected test from 1 to {len(combinations) - 1}, got {test}")
@@ -197,12 +208,12 @@ def make(cache: Path, out: Path, train: int = 2000, test: int = 240, seed: int =
         clips = [stretch(cache, scene, part == "test") for scene in SCENES]
         images, labels = cutouts(cache, part == "test")
         of_class = [np.flatnonzero(labels == k) for k in range(len(THINGS))]
-        for thing, path, scene in chosen:
+        for thing, colour, path, scene in chosen:
             name = f"video{len(videos)}"
             picture = images[of_class[thing][drawn.randrange(len(of_class[thing]))]]
-            write(compose(clips[scene], picture, path, drawn), out / "videos" / f"{name}.mp4")
+            write(compose(clips[scene], picture, colour, path, drawn), out / "videos" / f"{name}.mp4")
             videos.append({"video_id": name, "split": part, "id": len(videos)})
-            texts = [caption(thing, path, scene, drawn) for _ in range(2 if part == "train" else 1)]
+            texts = [caption(thing, colour, path, scene, drawn) for _ in range(2 if part == "train" else 1)]
             sentences += [
                 {"video_id": name, "caption": text, "sen_id": len(sentences) + i} for i, text in enumerate(texts)
             ]
