@@ -85,8 +85,8 @@ class FrameMerging(Merging):
         """The run of a pass whose first block gets ``x`` ``[videos * frames, T, C]``."""
         if x.dim() != 3:
             _check.fail("tokens [videos * frames, T, C] in the first block", x)
-        # A compiled tower is compiled for each batch size: how videos divide it is not to be shown of a symbol.
-        rows, tokens = int(x.shape[0]), x.shape[1]
+        # A compiled tower is compiled for each shape: how videos divide a batch is not to be shown of a symbol.
+        rows, tokens = int(x.shape[0]), int(x.shape[1])
         frames = self._frames
         if (rows % frames if isinstance(frames, int) else rows - sum(frames)) != 0:
             whole = f"whole videos of {frames} frames" if isinstance(frames, int) else f"{sum(frames)} frames"
