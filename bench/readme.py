@@ -199,21 +199,23 @@ def vision_table(rows: list[Row]) -> list[str]:
     for row in rows:
         cases.setdefault(row.case, {})[row.label] = row
     others = [
-        name for name in ("over published", "over careful", "over compiled") if any(name in c for c in cases.values())
+        name
+        for name in ("of cutting", "over published", "over careful", "over compiled")
+        if any(name in c for c in cases.values())
     ]
     lines = [
         f"| vision tower | speed-up | ideal | of the ideal | {' | '.join(others)} | missed |",
         f"|---|--:|--:|--:|{'--:|' * len(others)}---|",
     ]
     for case, found in cases.items():
-        if "speed-up" in found:
-            ideal = found["speed-up"].speedup
-            cells = [f"{found[name].p50:.3g}×" if name in found else "" for name in others]
-            share = f"{found['of the ideal'].p50:.3g}" if "of the ideal" in found else ""
-            lines.append(
-                f"| {case} | {found['speed-up'].p50:.3g}× | {ideal:.3g}× | {share} | {' | '.join(cells)} | "
-                f"{', '.join(f'{r.label} {r.target}' for r in found.values() if r.reached.startswith('no'))} |"
-            )
+        if "saved for backward" not in found:
+            ideal = found["speed-up"].speedup if "speed-up" in found else None
+            cells = [
+                f"{found[name].p50:.3g}" if name in found else "" for name in ("speed-up", "of the ideal", *others)
+            ]
+            cells.insert(1, f"{ideal:.3g}" if ideal else "")
+            missed = ", ".join(f"{r.label} {r.target}" for r in found.values() if r.reached.startswith("no"))
+            lines.append(f"| {' | '.join([case, *cells, missed])} |")
     return lines + _table_of_steps([c for c in cases.values() if "saved for backward" in c])
 
 

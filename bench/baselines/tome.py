@@ -16,7 +16,7 @@ def _split(x: Tensor, heads: int) -> Tensor:
 
 
 def attention(module: Any, x: Tensor, size: Tensor | None, fused: bool) -> tuple[Tensor, Tensor]:
-    """Attention with log(size) added to its scores, and the mean of the keys over heads."""
+    """Attention with log(size) added to its scores, and its keys."""
     heads = module.num_heads
     q, k, v = (_split(project(x), heads) for project in (module.q_proj, module.k_proj, module.v_proj))
     bias = None if size is None else size.log()[:, None, None, :, 0]
@@ -27,17 +27,17 @@ def attention(module: Any, x: Tensor, size: Tensor | None, fused: bool) -> tuple
         if bias is not None:
             scores = scores + bias
         out = scores.softmax(dim=-1) @ v
-    return module.out_proj(out.transpose(1, 2).reshape(x.shape)), k.mean(1)
+    return module.out_proj(out.transpose(1, 2).reshape(x.shape)), k
 
 
 def block(layer: Any, x: Tensor, size: Tensor | None, r: int, fused: bool) -> tuple[Tensor, Tensor | None]:
     """One block: attention, merging, MLP."""
-    attended, metric = attention(layer.self_attn, layer.layer_norm1(x), size, fused)
+    attended, keys = attention(layer.self_attn, layer.layer_norm1(x), size, fused)
     x = x + attended
     r = min(r, (x.shape[1] - 1) // 2)
     if r > 0:
         with torch.no_grad():
-            lists = match(metric, r)
+            lists = match(keys.mean(1), r)
         size = torch.ones_like(x[..., 0, None]) if size is None else size
         x = _merge(x * size, *lists)
         size = _merge(size, *lists)
@@ -54,4 +54,15 @@ def tower(model: Any, pixels: Tensor, r: int, fused: bool = False) -> Tensor:
     x, size = inner.pre_layrnorm(inner.embeddings(pixels)), None
     for layer in inner.encoder.layers:
         x, size = block(layer, x, size, r, fused)
+    return inner.post_layernorm(x[:, 0])
+
+
+def cut(model: Any, pixels: Tensor, r: int) -> Tensor:
+    """The same tower when every block leaves out its last ``r`` tokens: what merging would take if it took nothing."""
+    inner = getattr(model, "vision_model", model)
+    x = inner.pre_layrnorm(inner.embeddings(pixels))
+    for layer in inner.encoder.layers:
+        x = x + attention(layer.self_attn, layer.layer_norm1(x), None, fused=True)[0]
+        x = x[:, : x.shape[1] - min(r, (x.shape[1] - 1) // 2)].contiguous()
+        x = x + layer.mlp(layer.layer_norm2(x))
     return inner.post_layernorm(x[:, 0])

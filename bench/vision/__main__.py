@@ -1,4 +1,4 @@
-"""Token merging inside whole vision towers, measured on this machine."""
+"""Token merging inside whole vision towers and that of STOP, measured on this machine."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ sys.path.insert(0, str(ROOT / "python"))
 import torch
 
 from bench import allocator, clock, readme
-from bench.vision import memory
+from bench.vision import memory, stop
 from bench.vision.measure import Case, Rows, measure
 from bench.vision.model import BASE, LARGE, TINY
 
-# Rounds of the large tower at batch 8 in fp32 take a minute: two r, and the published form alone.
+# A round of the large tower at batch 8 in fp32 takes a minute: two r, and the published form alone.
 CASES: tuple[Case, ...] = (
     Case(BASE, 8, "fp32", 70),
     Case(BASE, 1, "fp32", 25),
@@ -29,7 +29,7 @@ CASES: tuple[Case, ...] = (
     Case(BASE, 1, "bf16", 15),
     Case(LARGE, 1, "fp32", 80),
     Case(LARGE, 1, "bf16", 45),
-    Case(LARGE, 8, "fp32", 130, (8, 16), careful=False),
+    Case(LARGE, 8, "fp32", 130, (8, 16), every=False),
     Case(LARGE, 8, "bf16", 90),
 )
 GPU_CASES = tuple(
@@ -83,6 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
     allocator.keep_memory()
     for case in cases:
         made += measure(replace(case, seconds=args.seconds or case.seconds), rows, device, args.compile)
+    videos = (stop.TINY,) if args.tiny else stop.CASES
+    for video in videos:
+        if (args.case or "") in str(video):
+            made += stop.measure(replace(video, seconds=args.seconds or video.seconds), rows, device)
     partial = bool(args.case or args.no_memory or args.tiny or device.type == "cuda")
     path = args.out or (None if partial else machine_file())
     if path:

@@ -21,14 +21,14 @@ ROUNDS = (2, 25)
 
 @dataclass(frozen=True)
 class Case:
-    """A tower, a batch, a dtype, the merges that are compared, and about how long its rounds may take."""
+    """A tower, a batch, a dtype, about how long its rounds may take, the merges, and whether all sides are there."""
 
     shape: Shape
     batch: int
     dtype: str
     seconds: float
     merges: tuple[int, ...] = MERGES
-    careful: bool = True
+    every: bool = True
 
     def __str__(self) -> str:
         return f"{self.shape.name}, batch {self.batch}, {self.dtype}"
@@ -102,8 +102,9 @@ def measure(case: Case, rows: Rows, device: torch.device, compiled: bool = False
         sides[f"vidtok {r}"] = lambda x, model=model: model(x).pooler_output
         if r:
             sides[f"published {r}"] = lambda x, r=r: tome.tower(plain, x, r)
-            if case.careful:
+            if case.every:
                 sides[f"careful {r}"] = lambda x, r=r: tome.tower(plain, x, r, fused=True)
+                sides[f"cut {r}"] = lambda x, r=r: tome.cut(plain, x, r)
     if compiled:
         sides.update(compile_sides(plain, case))
     with torch.inference_mode():
@@ -146,6 +147,8 @@ def compared(case: Case, r: int, times: dict[str, list[float]], rows: Rows) -> l
     for side, bound in (("published", 1.15), ("careful", None), ("compiled", None)):
         if f"{side} {r}" in times:
             made.append(rows.row(name, f"over {side}", "×", ratios(times[f"{side} {r}"], ours), n, bound=bound))
+    if f"cut {r}" in times:
+        made.append(rows.row(name, "of cutting", "×", ratios(times[f"cut {r}"], ours), n))
     if r == 0 and "compiled plain" in times:
         made.append(rows.row(name, "over compiled plain", "×", ratios(times["compiled plain"], ours), n))
     return made

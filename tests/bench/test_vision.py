@@ -14,6 +14,7 @@ from bench import readme
 from bench.baselines import tome
 from bench.row import context, read, write
 from bench.vision import __main__ as program
+from bench.vision import stop
 from bench.vision.measure import Case, Rows, compared, gate, measure, rounds
 from bench.vision.memory import step_bytes
 from bench.vision.model import BASE, LARGE, TINY, build, images, twin
@@ -76,7 +77,7 @@ def test_rows_and_table(tmp_path):
     rows = Rows(context(1), tiny=True)
     found = measure(CASE, rows, CPU)
     assert [row.label for row in found] == [
-        "speed-up", "speed-up", "of the ideal", "over published", "over careful",
+        "speed-up", "speed-up", "of the ideal", "over published", "over careful", "of cutting",
     ]  # fmt: skip
     found.append(rows.row("training", "saved for backward", "of plain", (0.5,) * 3, 1))
     found.append(rows.row("training", "peak of a step", "of plain", (0.4,) * 3, 1))
@@ -95,6 +96,33 @@ def test_targets():
     assert (found["of the ideal"].target, found["of the ideal"].reached) == ("≥ 0.92", "yes")
     assert (found["over published"].target, found["over published"].reached) == ("≥ 1.15", "no: 1.06")
     assert found["speed-up"].speedup == pytest.approx(BASE.ideal(8))
+
+
+def test_cutting_does_the_operations_of_merging(tower):
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+        tome.cut(*tower, 8)
+    assert counter.get_total_flops() == 2 * TINY.flops(8)
+
+
+def test_operations_of_stop_are_those_of_its_published_form():
+    video = replace(stop.TINY, batch=1)
+    model, pixels = stop.build(video), torch.randn(1, 3, 3, 64, 64)
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+        stop.published(model, pixels)
+    head = 2 * video.width * model.sizes.embed
+    assert counter.get_total_flops() == 2 * stop.macs(video, 0) + head
+    # Published: 67.7 GMAC, and 1.28 and 1.77 times fewer.
+    whole = stop.macs(stop.CASES[0], 0)
+    assert round(whole / 1e9, 1) == 67.7
+    assert [round(whole / stop.macs(stop.CASES[0], r), 2) for r in (2, 4, 8)] == [1.28, 1.77, 2.77]
+
+
+def test_rows_of_stop():
+    found = stop.measure(stop.TINY, Rows(context(1), tiny=True), CPU)
+    assert [row.label for row in found if row.case.endswith("r=4")] == ["speed-up", "of the ideal", "over published"]
+    assert found[0].label == "over published"
 
 
 def test_rounds_end_with_the_budget():
