@@ -1,8 +1,8 @@
 """Make a small retrieval set in MSR-VTT's layout from real clips and pictures that package registries carry.
 
-Things cut out of Fashion-MNIST pictures move over stretches of real clips, and captions say what moves where: "a
-red sneaker moves along the top over a street with traffic". Test videos take other pictures, later stretches of the clips
-and combinations that training does not have, so their captions are new and differ from each other.
+Things cut out of Fashion-MNIST pictures, tinted, move over stretches of real clips, and captions say what moves where:
+"a red sneaker moves along the top over a street with traffic". Test videos take other pictures, later stretches of the
+clips and combinations that training does not have, so their captions are new and differ from each other.
 
     python examples/retrieval/make_set.py --cache FOLDER --out FOLDER
 """

@@ -55,7 +55,7 @@ def test_a_set_has_the_layout_and_new_captions(folders: tuple[Path, Path, Any]) 
     def said(text: str) -> tuple[str, ...]:
         return tuple(
             max((w for w in words if w in text), key=len)
-            for words in (made.THINGS, made.PATHS, [s.text for s in made.SCENES])
+            for words in (made.THINGS, made.COLOURS, made.PATHS, [s.text for s in made.SCENES])
         )
 
     assert not {said(t) for t in test.captions} & {said(t) for t in train.captions}
@@ -71,7 +71,7 @@ def test_the_same_seed_gives_the_same_set(folders: tuple[Path, Path, Any], tmp_p
     thing = drawn.integers(0, 256, (28, 28), dtype=np.uint8)
     import random
 
-    one, two = (made.compose(clips, thing, "along the top", random.Random(3)) for _ in range(2))
+    one, two = (made.compose(clips, thing, "red", "along the top", random.Random(3)) for _ in range(2))
     assert np.array_equal(one, two)
     made.write(one, tmp_path / "a.mp4")
     made.write(two, tmp_path / "b.mp4")
