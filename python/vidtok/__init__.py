@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vidtok import data, kernels, merge, methods, models, ops, spec, training
+    from vidtok import data, evaluation, kernels, merge, methods, models, ops, spec, training
     from vidtok.kernels.reports import synchronize
     from vidtok.kernels.select import use_backend
     from vidtok.models.attach import attach, detach
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vidtok.models.drop import Drop
     from vidtok.plan import Plan
 
-_MODULES = ("data", "kernels", "merge", "methods", "models", "ops", "plan", "spec", "systems", "training")
+_MODULES = ("data", "evaluation", "kernels", "merge", "methods", "models", "ops", "plan", "spec", "systems", "training")
 _NAMES = {
     "Drop": "vidtok.models.drop",
     "LogicalCache": "vidtok.models.cache",
@@ -32,8 +32,8 @@ _NAMES = {
 }
 
 __all__ = [
-    "Drop", "LogicalCache", "Plan", "__version__", "attach", "data", "detach", "kernels", "merge", "methods", "models",
-    "ops", "spec", "synchronize", "training", "use_backend",
+    "Drop", "LogicalCache", "Plan", "__version__", "attach", "data", "detach", "evaluation", "kernels", "merge",
+    "methods", "models", "ops", "spec", "synchronize", "training", "use_backend",
 ]  # fmt: skip
 
 

@@ -244,6 +244,13 @@ def test_missing_videos(call: Callable[..., Said], made: dict[str, Path], tmp_pa
     ]
     said = call(*options)
     assert said.code == 2 and "1 of 8 videos missing in 'videos': video3" in said.err
+    for workers in (0, 1):
+        link = tmp_path / "videos/video3.mp4"
+        link.symlink_to(made["videos"] / "video3.mp4")
+        said = call(*options, "--num_thread_reader", workers)
+        link.unlink()
+        last = said.err.strip().splitlines()[-1]
+        assert said.code == 2 and last.startswith("vidtok: expected a") and "'video7.mp4'" in last and len(last) < 200
     said = call(*options, "--allow_missing")
     assert said.code == 0 and "1 of 8 videos missing" in said.err and "1 videos do not decode" in said.err
     assert json.loads((tmp_path / "out/metrics.json").read_text())["text_to_video"]["queries"] == 6

@@ -16,6 +16,7 @@ import torch
 
 from vidtok.cli.errors import InputError, one_line
 from vidtok.cli.retrieval_options import RetrievalOptions
+from vidtok.data import VideoError
 from vidtok.data.retrieval import (
     EvaluationClips,
     FrameCache,
@@ -42,6 +43,14 @@ def run(options: RetrievalOptions, model: Any = None) -> dict[str, Any]:
     Raises:
         ValueError: one sentence about what is missing or does not fit.
     """
+    try:
+        return _run(options, model)
+    except VideoError as error:
+        # torch puts the traceback of the decoding process in front.
+        raise VideoError(str(error).strip().splitlines()[-1].split("VideoError: ", 1)[-1]) from error
+
+
+def _run(options: RetrievalOptions, model: Any) -> dict[str, Any]:
     options = _preset(options)
     _check(options)
     recipe = _recipe(options)
@@ -309,6 +318,9 @@ def _train(
             notify=lambda steps, total, loss: notify(steps, total, f"loss {loss:.3f}"),
         )  # fmt: skip
     save(accelerator, done.model, words, Path(options.output_dir) / "model")
+    if test is not None and not done.scores:
+        # A run whose last step was done before it began.
+        return done.model, _evaluate(options, accelerator, talk, done.model, test, words)
     return done.model, done.scores[-1] if done.scores else {}
 
 
