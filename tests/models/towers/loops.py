@@ -152,3 +152,78 @@ def dense(blocks: Any, x: Tensor, r: int, protected: int) -> list[Tensor]:
         tokens = made
         given.append(full([[tokens]], len(x)))
     return given
+
+
+class Recorded:
+    """What the blocks of an unreduced tower are called with, and what the last one gives, in a ``with`` block."""
+
+    def __init__(self, blocks: Any) -> None:
+        self.blocks, self.calls, self.last = blocks, [], None
+
+    def __enter__(self) -> Recorded:
+        def before(block: Any, args: Any, kwargs: Any) -> None:
+            named = {name: kwargs[name] for name in kwargs if name != "hidden_states"}
+            self.calls.append(((*args, kwargs.get("hidden_states"))[0], named))
+
+        def after(block: Any, args: Any, out: Any) -> None:
+            self.last = out[0] if isinstance(out, tuple) else out
+
+        self.handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in self.blocks]
+        self.handles.append(self.blocks[-1].register_forward_hook(after))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def by_modules(blocks: Any, calls: list[Any], r: int) -> Tensor:
+    """What the last block of any packed tower gives, ``[N, C]``, with ``r`` merges in each of the first's sequences.
+
+    Projections, norms and rotations are the modules' own, one sequence at a time; attention and merging are loops.
+    """
+    from transformers import AttentionInterface
+
+    state: dict[str, Any] = {}
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, scaling: float, **_: Any) -> tuple[Tensor, None]:
+        state["keys"] = k[0].mean(0)
+        k, v = (h[0].repeat_interleave(q.shape[1] // h.shape[1], 0) for h in (k, v))
+        return attention(q[0], k, v, state["size"], scaling).transpose(0, 1)[None], None
+
+    AttentionInterface.register("loops", attend)
+    x, first = calls[0]
+    borders = first["cu_seqlens"].tolist()
+    windows = [[Token(x[i], [i], (i, 0)) for i in range(a, b)] for a, b in zip(borders, borders[1:])]
+    for block, (_, options) in zip(blocks, calls, strict=True):
+        part = getattr(block, "attn", None) or block.self_attn
+        before = getattr(block, "norm1", None) or block.layer_norm1
+        after = getattr(block, "norm2", None) or block.layer_norm2
+        own, ends = part.config._attn_implementation, options["cu_seqlens"].tolist()
+        part.config._attn_implementation = "loops"
+        keys: dict[int, Tensor] = {}
+        for a, b in zip(ends, ends[1:]):
+            tokens = [t for s, window in zip(borders, windows) if a <= s < b for t in window]
+            places = torch.tensor([token.at[0] for token in tokens])
+            given = {k: v for k, v in options.items() if k not in ("cu_seqlens", "max_seqlen")}
+            if given.get("position_embeddings") is not None:
+                given["position_embeddings"] = tuple(p[places] for p in given["position_embeddings"])
+            if given.get("rotary_pos_emb") is not None:
+                given["rotary_pos_emb"] = given["rotary_pos_emb"][places]
+            state["size"] = torch.tensor([float(len(token.places)) for token in tokens])
+            y = torch.stack([token.x for token in tokens])
+            out = part(before(y), cu_seqlens=torch.tensor([0, len(tokens)], dtype=torch.int32), **given)
+            y = y + (out[0] if isinstance(out, tuple) else out)
+            for i, token in enumerate(tokens):
+                token.x, keys[id(token)] = y[i], state["keys"][i]
+        part.config._attn_implementation = own
+        for w, window in enumerate(windows):
+            made = []
+            for group in groups(torch.stack([keys[id(t)] for t in window]), r):
+                members = [window[i] for i in group]
+                value = sum(len(t.places) * t.x for t in members) / sum(len(t.places) for t in members)
+                made.append(Token(value, [p for t in members for p in t.places], members[0].at))
+            y = torch.stack([token.x for token in made])
+            y = y + block.mlp(after(y))
+            windows[w] = [Token(value, token.places, token.at) for token, value in zip(made, y, strict=True)]
+    return full([windows], len(x))

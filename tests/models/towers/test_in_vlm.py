@@ -14,6 +14,7 @@ from tests.models.test_zoo import far, logits, uncached
 from tests.models.towers import loops, test_windowed
 from tests.models.zoo._common import sharpen
 from vidtok.merge import ToMe
+from vidtok.merge.packed import PackedMerging
 from vidtok.models import towers
 
 #: Families whose towers merge, and the tower's class of some whose towers do not.
@@ -66,8 +67,26 @@ def test_rows(name):
         assert handle.vision[0].run.tokens[-1] < handle.vision[0].run.tokens[0]
         (tower, *_) = handle.report().vision
         assert 0 < tower.flops_removed < tower.flops_whole and tower.seconds > 0
+        held = isinstance(handle.vision[0], PackedMerging)
     assert far(merged[:, -1], whole[:, -1]) > 1e-3 * scale
     assert torch.equal(logits(model, inputs), whole)
+    if held:
+        equals_loops(model, inputs)
+
+
+def equals_loops(model, inputs):
+    """What leaves the last block is what loops over sequences give."""
+    ((own, kind),) = towers.locate(model)
+    blocks = kind.find_blocks(own)
+    with loops.Recorded(blocks) as plain:
+        logits(model, inputs)
+    with torch.no_grad():
+        want = loops.by_modules(blocks, plain.calls, 2)
+    with vidtok.attach(model, vision="tome:r=2"), loops.Recorded(blocks) as merged:
+        logits(model, inputs)
+    assert len(plain.calls) == len(blocks)
+    assert (merged.last - want).norm() <= 1e-5 * want.norm()
+    assert (plain.last - want).norm() > 1e-2 * want.norm()
 
 
 @pytest.mark.parametrize("name", there(OTHERS))
