@@ -284,6 +284,55 @@ def test_padding_stays_alone_and_masked(implementation):
             assert close(out.pooler_output[i], pooled)
 
 
+@pytest.mark.skipif(not dense.NEW, reason="transformers 4 gives these towers no mask of padding")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["vit", "deit", "dinov2", "dinov2_with_registers"])
+def test_a_mask_of_the_callers(kind, implementation):
+    model, prefix = make(kind, implementation), KINDS[kind].prefix
+    mask = torch.ones(2, 36 + prefix, dtype=torch.int64)
+    mask[1, prefix + 20 :] = 0
+    with torch.no_grad(), vidtok.attach(model, vision=ToMe(r=3)):
+        out = model(**inputs(kind), attention_mask=mask).last_hidden_state
+        for i, real in enumerate((prefix + 36, prefix + 20)):
+            want = by_loops(
+                model, of(i, inputs(kind)), [3, 3, 3], prefix, hidden=lambda place, real=real: place >= real
+            )
+            seen = [t for t, was in enumerate(want.place) if was < real]
+            assert close(out[i, seen], want.x[seen])
+
+
+@pytest.mark.skipif(dense.NEW, reason="transformers 5 has no masks of heads")
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "videomae"])
+def test_a_mask_of_heads(kind):
+    model, heads = make(kind, "eager"), torch.ones(3, 4)
+    with torch.no_grad(), vidtok.attach(model, vision=ToMe(r=MERGES)) as handle:
+        want = model(**inputs(kind)).last_hidden_state
+        assert torch.equal(model(**inputs(kind), head_mask=heads).last_hidden_state, want)
+        heads[1, 2] = 0
+        out = model(**inputs(kind), head_mask=heads)
+        assert not close(out.last_hidden_state, want, 1e-3)
+        assert handle.vision[0].run.tokens[-1] == out.last_hidden_state.shape[1]
+
+
+@pytest.mark.parametrize("form", ["mask", "channel"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "autocast"])
+@pytest.mark.parametrize("kind", ["siglip2", "dinov3_vit", "videomae"])
+def test_half_precision(kind, dtype, form):
+    model, given = make(kind), inputs(kind)
+    if dtype != "autocast":
+        model = model.to(dtype)
+        given = {name: x.to(dtype) if x.is_floating_point() else x for name, x in given.items()}
+    with (
+        torch.no_grad(),
+        vidtok.attach(model, vision=ToMe(r=MERGES, form=form)) as handle,
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"),
+    ):
+        out = model(**given)
+        size = handle.vision[0].size
+    assert out.last_hidden_state.isfinite().all() and out.last_hidden_state.shape[1] == size.shape[1]
+    assert size.dtype == torch.float32 and size.sum(1).eq(handle.vision[0].run.tokens[0]).all()
+
+
 def test_masks_of_pairs_are_refused():
     mask = torch.zeros(1, 1, 6, 6)
     assert _masks.real(torch.zeros(2, 6, 4), mask).all()
