@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from vidtok import _check
 from vidtok.merge.options import ToMe
+from vidtok.merge.run import Step
 from vidtok.merge.tempme import TempMe
 from vidtok.systems.stop.attention import Block, LayerNorm
 from vidtok.systems.stop.config import Sizes
-from vidtok.systems.stop.runs import begin, each, join
+from vidtok.systems.stop.runs import begin, each, join, recomputed
 
 
 class Transformer(nn.Module):
@@ -64,20 +65,28 @@ class VisionTransformer(nn.Module):
         """``ln_post`` and the projection."""
         return self.ln_post(x) @ self.proj.to(x.dtype)
 
-    def forward(self, pixels: Tensor, options: ToMe | TempMe | None = None, frames: int = 1) -> tuple[Tensor, Any]:
-        """``[N, 3, H, W]`` of videos of ``frames`` each to embeddings ``[N, E]``, and the run of what merged."""
+    def forward(
+        self, pixels: Tensor, options: ToMe | TempMe | None = None, frames: int = 1, again: bool = False
+    ) -> tuple[Tensor, Any]:
+        """``[N, 3, H, W]`` of videos of ``frames`` each to embeddings ``[N, E]``, and the run of what merged.
+
+        ``again`` computes the layers a second time in the backward pass.
+        """
         x = self.prepare(self.patches(pixels))
         run = begin(options, self.sizes.vision_layers, x.shape[1], frames)
         *blocks, last = self.transformer.blocks
         for index, block in enumerate(blocks):
-            step = None if run is None else run.step(index)
-            x = block.attend(join(step, x), step)
-            x = block.feed(x if step is None else step.merge(x))
+            x = recomputed(again, _layer, block, x, None if run is None else run.step(index))
         step = None if run is None else run.step(len(blocks))
         x = last.feed(last.attend_first(join(step, x), step, each(step)))
         # Clips that were filled up have the class tokens of frames that are not there.
         x = x.reshape(-1, x.shape[0] * x.shape[1] * frames // pixels.shape[0], x.shape[-1])[:, :frames].flatten(0, 1)
         return self.project(x), run
+
+
+def _layer(block: Block, x: Tensor, step: Step | None) -> Tensor:
+    x = block.attend(join(step, x), step)
+    return block.feed(x if step is None else step.merge(x))
 
 
 class CLIP(nn.Module):

@@ -82,6 +82,7 @@ class Config:
         regions: ``group2-2``: cells of the grid that the pixel prompt adds to once more.
         frame_weights: ``video`` scales the weights of frames to [0, 1] in each video; ``batch`` does so over the
             whole batch as published, which lets the embedding of a video depend on the others.
+        gradient_checkpointing: whether the layers of the vision tower are computed again in the backward pass.
         vision_heads, text_heads: of a backbone whose heads do not have 64 channels.
         tome_r: merges per layer, as ``r`` of :class:`vidtok.merge.ToMe`; 0 merges nothing.
         tome_trace_source: whether the plans are kept, for ``source_map()``.
@@ -112,6 +113,7 @@ class Config:
     prompt_scale: float = 0.05
     regions: int = 6
     frame_weights: str = "video"
+    gradient_checkpointing: bool = False
     vision_heads: int | None = None
     text_heads: int | None = None
     tome_r: Any = 0

@@ -58,8 +58,7 @@ class CLIP4Clip(nn.Module):
         else:
             weights = checkpoint.Weights.of(clip_state_dict)
             self.sizes = weights.sizes(self.config.vision_heads, self.config.text_heads)
-        heads = {"vision_heads": self.sizes.vision_heads, "text_heads": self.sizes.text_heads}
-        self.config = replace(self.config, **heads)
+        self.config = replace(self.config, vision_heads=self.sizes.vision_heads, text_heads=self.sizes.text_heads)
         self.clip = CLIP(self.sizes)
         self.stop = Stop(self.sizes, self.config) if self.config.temporal_prompt != "none" else None
         if weights is not None:
@@ -114,7 +113,8 @@ class CLIP4Clip(nn.Module):
         if self.stop is not None:
             out, self.run = self.stop(self.clip.visual, video, self.tome)
             return out.unsqueeze(1)
-        out, self.run = self.clip.visual(video.flatten(0, 1), self.tome, video.shape[1])
+        again = self.config.gradient_checkpointing
+        out, self.run = self.clip.visual(video.flatten(0, 1), self.tome, video.shape[1], again)
         return out.unflatten(0, video.shape[:2])
 
     def _pool(self, visual: Tensor, video_mask: Tensor | None) -> Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vidtok.merge.clips import FILL, FrameRun, FrameStep
 from vidtok.merge.options import ToMe
@@ -24,6 +28,16 @@ def begin(options: ToMe | TempMe | None, layers: int, tokens: int, frames: int) 
         run = Run(options, (*options.schedule.counts(layers, tokens, 1)[:-1], 0), 1, options.trace)
     run.tokens[0] = tokens
     return run
+
+
+def recomputed(again: bool, layer: Callable[..., Any], *args: Any) -> Any:
+    """``layer(*args)``, of which only the arguments are kept for the backward pass where ``again`` is true.
+
+    Its step belongs to the run of this pass, so that the tokens of the second time are those of the first.
+    """
+    if again and torch.is_grad_enabled():
+        return checkpoint(layer, *args, use_reentrant=False)
+    return layer(*args)
 
 
 def join(step: Step | None, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from vidtok.systems.stop.attention import Attention, Block
 from vidtok.systems.stop.clip import VisionTransformer
 from vidtok.systems.stop.config import Config, Sizes
 from vidtok.systems.stop.prompts import Adapter, FramePrompt, PixelPrompt, Prompts
-from vidtok.systems.stop.runs import begin, each, join, sizes
+from vidtok.systems.stop.runs import begin, each, join, recomputed, sizes
 
 
 class Stop(nn.Module):
@@ -45,6 +45,7 @@ class Stop(nn.Module):
 
     def __init__(self, backbone: Sizes, config: Config) -> None:
         super().__init__()
+        self.again = config.gradient_checkpointing
         self.prompts = Prompts(backbone, config)
         self.adapters = nn.ModuleList(
             Adapter(backbone.vision_width, config.adapter_width, config.adapter_scale)
@@ -79,15 +80,24 @@ class Stop(nn.Module):
         run = begin(options, len(blocks), x.shape[1], frames)
         for layer, block in enumerate(blocks):
             step = None if run is None else run.step(layer)
-            x = join(step, x)
             prompts = self.frame_prompts(layer, between).to(x.dtype).expand(-1, frames, -1, -1)
-            if layer == len(blocks) - 1:
-                g = self.feed(block, layer, self.attend_last(block, g, x, prompts, step))
-                break
-            g, x = self.attend(block, g, x, prompts, step)
-            x = self.feed(block, layer, x if step is None else step.merge(x))
-            g = self.feed(block, layer, g)
+            kind = self.layer if layer < len(blocks) - 1 else self.last_layer
+            g, x = recomputed(self.again, kind, layer, block, g, x, prompts, step)
         return visual.project(g[:, 0]), run
+
+    def layer(
+        self, layer: int, block: Block, g: Tensor, x: Tensor, prompts: Tensor, step: Step | None
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts of the video ``[B, G, C]`` and frames ``[B T, n, C]`` after a layer."""
+        g, x = self.attend(block, g, join(step, x), prompts, step)
+        x = self.feed(block, layer, x if step is None else step.merge(x))
+        return self.feed(block, layer, g), x
+
+    def last_layer(
+        self, layer: int, block: Block, g: Tensor, x: Tensor, prompts: Tensor, step: Step | None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`layer`, of the first prompt alone."""
+        return self.feed(block, layer, self.attend_last(block, g, join(step, x), prompts, step)), x
 
     def attend(self, block: Block, g: Tensor, x: Tensor, prompts: Tensor, step: Step | None) -> tuple[Tensor, Tensor]:
         """Both attentions: ``[B, G, C]`` prompts of the video and ``[B T, n, C]`` frames, residuals added."""
