@@ -225,6 +225,21 @@ def test_bad_input_costs_one_sentence(
     assert not (tmp_path / "out/metrics.json").exists()
 
 
+@pytest.mark.parametrize(("module", "name"), [("accelerate", "accelerate"), ("torch.utils.tensorboard", "tensorboard")])
+def test_missing_packages(
+    call: Callable[..., Said],
+    made: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    name: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    said = call(*training(made, tmp_path / "out", "--tensorboard"))
+    last = said.err.strip().splitlines()[-1]
+    assert said.code == 2 and last.startswith(f"vidtok: expected the package {name}") and last.endswith("got none")
+
+
 def test_missing_videos(call: Callable[..., Said], made: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     for path in sorted(made["videos"].iterdir())[:7]:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,25 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("stop", [8, 5], ids=["after two epochs", "amid an epoch"])
-def test_going_on_is_bit_exact(data: TrainingPairs, tmp_path: Path, stop: int) -> None:
-    whole = run(data, tmp_path / "whole", log_every=1)
-    first = run(data, tmp_path / "parts", stop_after=stop, log_every=1)
-    assert (whole.steps, first.steps) == (16, stop)
+@pytest.mark.parametrize(
+    ("recipe", "steps", "stop"),
+    [
+        (RECIPE, 16, 8),
+        (RECIPE, 16, 5),
+        (replace(RECIPE, accumulation=2), 16, 7),
+        # 5 parts of 3 pairs in an epoch: a step of 4 parts and one of the last.
+        (replace(RECIPE, batch_size=12, accumulation=4), 8, 3),
+    ],
+    ids=["two epochs", "amid an epoch", "parts", "uneven parts"],
+)
+def test_going_on_is_bit_exact(data: TrainingPairs, tmp_path: Path, recipe: Recipe, steps: int, stop: int) -> None:
+    whole = run(data, tmp_path / "whole", recipe, log_every=1)
+    first = run(data, tmp_path / "parts", recipe, stop_after=stop, log_every=1)
+    assert (whole.steps, first.steps) == (steps, stop)
     # The other model begins elsewhere, and the random state is not where the first part left it.
     torch.manual_seed(12345)
-    second = run(data, tmp_path / "parts", model=Small(seed=9), resume="auto", log_every=1)
-    assert second.steps == 16 and same(state(whole.model), state(second.model))
+    second = run(data, tmp_path / "parts", recipe, Small(seed=9), resume="auto", log_every=1)
+    assert second.steps == steps and same(state(whole.model), state(second.model))
     assert [line["loss"] for line in log(tmp_path / "parts")] == [line["loss"] for line in log(tmp_path / "whole")]
 
 

@@ -42,12 +42,18 @@ def run(options: RetrievalOptions, model: Any = None) -> dict[str, Any]:
 
     Raises:
         ValueError: one sentence about what is missing or does not fit.
+        FileNotFoundError: the same about files.
     """
     try:
         return _run(options, model)
     except VideoError as error:
         # torch puts the traceback of the decoding process in front.
         raise VideoError(str(error).strip().splitlines()[-1].split("VideoError: ", 1)[-1]) from error
+    except ImportError as error:
+        if not str(error).startswith("expected "):
+            raise
+        # An optional package that was asked for; nothing is wrong with the install.
+        raise InputError(str(error)) from error
 
 
 def _run(options: RetrievalOptions, model: Any) -> dict[str, Any]:

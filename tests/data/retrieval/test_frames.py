@@ -112,6 +112,11 @@ def test_the_cache_changes_nothing(
     assert len(opened) == before
 
 
+def test_a_process_of_its_own_changes_nothing(clip: Clip) -> None:
+    rule = FrameRule(3, 16)
+    assert torch.equal(FrameLoader(rule, isolate=True).load(clip)[0], FrameLoader(rule).load(clip)[0])
+
+
 def test_a_changed_file_meets_no_old_frames(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "v.mp4", (220, 30, 30), "left")
     loader = FrameLoader(FrameRule(2, 16), FrameCache(tmp_path / "cache"))
