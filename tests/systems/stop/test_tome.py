@@ -231,3 +231,13 @@ def test_the_names_of_the_published_code(monkeypatch):
     task_config.tome_prop_attn = True
     model = Theirs(None, tiny(temporal_prompt="none", heads=1, text_heads=1).clip.state_dict(), task_config)
     assert model.tome == ToMe(r=2) and model.task_config is task_config
+
+
+def test_one_graph():
+    model, video = make(layers=3), clips()
+    model.set_tome(4)
+    with torch.no_grad():
+        want = model.encode_video(video)
+        compiled = torch.compile(model.encode_video, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(video), want)
+        torch.testing.assert_close(compiled(clips(1, 5)), model.encode_video(clips(1, 5)))
