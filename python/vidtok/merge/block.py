@@ -48,6 +48,8 @@ def merging_class(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of the block class ``kind`` whose forward merges; it adds no parameter and no buffer."""
 
     class Merged(kind):  # type: ignore[misc, valid-type]
+        _vidtok_kind = kind
+
         # The run travels in the arguments, so that a checkpoint's recomputation meets the one it belongs to.
         def __call__(self, *args: Any, vidtok_run: Run | None = None, **kwargs: Any) -> Any:
             slot: Slot | None = getattr(self, "_vidtok", None)

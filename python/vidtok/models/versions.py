@@ -177,7 +177,9 @@ def forwards(parts: Iterable[nn.Module]) -> tuple[dict[str, str | None], list[st
     replaced: dict[str, None] = {}
     for module in parts:
         # While tokens merge, a block is of a class on top of its own.
-        cls: Any = type(module).__bases__[0] if "_vidtok" in vars(module) else type(module)
+        cls: Any = type(module)
+        while hasattr(cls, "_vidtok_kind"):
+            cls = cls._vidtok_kind
         # accelerate keeps the forward that its own calls.
         own = vars(module).get("forward")
         # transformers 4.57 leaves the class's own behind where it has captured attention weights.
