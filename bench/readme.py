@@ -200,7 +200,7 @@ def vision_table(rows: list[Row]) -> list[str]:
         cases.setdefault(row.case, {})[row.label] = row
     others = [
         name
-        for name in ("of cutting", "over published", "over careful", "over compiled")
+        for name in ("of cutting", "over published", "over careful", "over compiled", "over channel", "over mask")
         if any(name in c for c in cases.values())
     ]
     lines = [

@@ -18,6 +18,9 @@ from bench.vision.model import DTYPES, MERGES, Shape, build, images, twin
 #: Rounds of the sides of a case: at least, and at most.
 ROUNDS = (2, 25)
 
+#: The r at which the two forms of log(size) are compared.
+FORM_AT = 8
+
 
 @dataclass(frozen=True)
 class Case:
@@ -96,6 +99,7 @@ def measure(case: Case, rows: Rows, device: torch.device, compiled: bool = False
     pixels = images(case.shape, case.batch, device, DTYPES[case.dtype])
     sides: dict[str, Callable[[Tensor], Any]] = {"plain": lambda x: plain(x).pooler_output}
     attached: dict[int, Any] = {}
+    held: list[Any] = []
     for r in case.merges:
         model = twin(plain)
         attached[r] = vidtok.attach(model, vision=f"tome:r={r}")
@@ -105,6 +109,12 @@ def measure(case: Case, rows: Rows, device: torch.device, compiled: bool = False
             if case.every:
                 sides[f"careful {r}"] = lambda x, r=r: tome.tower(plain, x, r, fused=True)
                 sides[f"cut {r}"] = lambda x, r=r: tome.cut(plain, x, r)
+            if case.every and r == FORM_AT:
+                model = twin(plain)
+                # The other form of log(size) than the one that is chosen.
+                form = "channel" if device.type == "cpu" else "mask"
+                held.append(vidtok.attach(model, vision=f"tome:r={r},form={form}"))
+                sides[f"{form} {r}"] = lambda x, model=model: model(x).pooler_output
     if compiled:
         sides.update(compile_sides(plain, case))
     with torch.inference_mode():
@@ -116,7 +126,7 @@ def measure(case: Case, rows: Rows, device: torch.device, compiled: bool = False
     out = []
     for r in case.merges:
         out += compared(case, r, times, rows)
-    for handle in attached.values():
+    for handle in [*attached.values(), *held]:
         handle.restore()
     return out
 
@@ -144,7 +154,8 @@ def compared(case: Case, r: int, times: dict[str, list[float]], rows: Rows) -> l
     ]  # fmt: skip
     if r:
         made.append(rows.row(name, "of the ideal", "×", tuple(s / ideal for s in speedup), n, bound=0.92))
-    for side, bound in (("published", 1.15), ("careful", None), ("compiled", None)):
+    others = (("published", 1.15), ("careful", None), ("compiled", None), ("channel", None), ("mask", None))
+    for side, bound in others:
         if f"{side} {r}" in times:
             made.append(rows.row(name, f"over {side}", "×", ratios(times[f"{side} {r}"], ours), n, bound=bound))
     if f"cut {r}" in times:

@@ -77,7 +77,8 @@ def test_rows_and_table(tmp_path):
     rows = Rows(context(1), tiny=True)
     found = measure(CASE, rows, CPU)
     assert [row.label for row in found] == [
-        "speed-up", "speed-up", "of the ideal", "over published", "over careful", "of cutting",
+        "speed-up", "speed-up", "of the ideal", "over published", "over careful", "over channel",
+        "of cutting",
     ]  # fmt: skip
     found.append(rows.row("training", "saved for backward", "of plain", (0.5,) * 3, 1))
     found.append(rows.row("training", "peak of a step", "of plain", (0.4,) * 3, 1))
