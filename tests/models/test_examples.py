@@ -44,6 +44,21 @@ def test_training(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_vit_of_ones_own(tmp_path):
+    lines = (EXAMPLES / "custom_vit.py").read_text().splitlines(keepends=True)
+    marked = [line for line in lines if line.rstrip().endswith(MARK)]
+    assert 10 <= len(marked) <= 20
+    out = run(EXAMPLES / "custom_vit.py", "--steps", "40", "--merge", "tome:r=0", "tome:r=12")
+    plain, same, merged = re.findall(r"accuracy (\d\.\d+)", out)
+    assert plain == same and 0.25 < float(merged) <= 1
+    assert "tome:r=12: " in out and "tokens 65 53 41 29 17" in out
+    bare = tmp_path / "bare.py"
+    bare.write_text("".join(line for line in lines if line not in marked))
+    out = run(bare, "--steps", "1")
+    assert out.startswith("plain: accuracy") and len(out.splitlines()) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name, arguments", [("evaluate.py", []), ("train.py", ["--steps", "2"])])
 def test_without_the_added_lines(tmp_path, name, arguments):
     lines = (EXAMPLES / name).read_text().splitlines(keepends=True)
