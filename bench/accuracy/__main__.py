@@ -38,7 +38,7 @@ def main() -> None:
     from bench.accuracy import picture, results
     from bench.accuracy.evaluate import evaluate
 
-    results.write(evaluate(args.set, args.data, paths, args.images))
+    results.write(evaluate(args.set, args.data, dict(zip(args.seeds, paths, strict=True)), args.images))
     picture.draw()
     newest = readme.latest()
     if newest is not None:

@@ -16,7 +16,7 @@ from bench.accuracy.ways import WAYS, attach, halved
 from bench.row import commit
 
 # Patches away after every block, and blocks after which the grid halves, which pooling can do too.
-EVEN = (2, 3, 4, 5, 6, 7)
+EVEN = (2, 4, 5, 6, 7)
 HALVING = ((3,), (2,), (0,), (2, 3), (0, 1), (0, 1, 2))
 
 
@@ -39,13 +39,13 @@ def left(merging: object) -> list[int]:
     return [count - run.protected[0] for count in run.tokens[1:]]
 
 
-def evaluate(name: str, folder: Path, checkpoints: list[Path], images: int = 10_000) -> list[Line]:
+def evaluate(name: str, folder: Path, checkpoints: dict[int, Path], images: int = 10_000) -> list[Line]:
     """One line for each way and schedule.
 
     Args:
         name: a key of ``SETS``.
         folder: where its package is or goes.
-        checkpoints: one for each seed.
+        checkpoints: one for each seed, which is also that of what is drawn.
         images: how many of the test pictures, the first ones.
 
     Raises:
@@ -59,15 +59,15 @@ def evaluate(name: str, folder: Path, checkpoints: list[Path], images: int = 10_
         "commit": commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
-    held = [models.load(name, path) for path in checkpoints]
-    config = held[0].config
+    held = {seed: models.load(name, path) for seed, path in checkpoints.items()}
+    config = next(iter(held.values())).config
     side, blocks = config.image_size // config.patch_size, config.num_hidden_layers
     patches = side * side
 
     def percent(values: list[float]) -> str:
         return " ".join(f"{100 * value:.2f}" for value in values)
 
-    plain = percent([accuracy(model, name, seen, truth) for model in held])
+    plain = percent([accuracy(model, name, seen, truth) for model in held.values()])
     lines = [Line("none", "none", "all", float(patches), plain, **shared)]  # type: ignore[arg-type]
     for schedule, halving in schedules(side, blocks):
         counts: list[int] = []
@@ -75,7 +75,7 @@ def evaluate(name: str, folder: Path, checkpoints: list[Path], images: int = 10_
             if way.startswith("pool") and not halving:
                 continue
             values = []
-            for seed, model in enumerate(held):
+            for seed, model in held.items():
                 with attach(model, way, schedule, seed) as handle:
                     values.append(accuracy(model, name, seen, truth))
                     found = left(handle.vision[0])

@@ -45,7 +45,7 @@ def test_every_way_leaves_as_many_tokens(folder: Path, tmp_path: Path, monkeypat
     paths = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
     for seed, path in enumerate(paths):
         models.save(sharp(seed), path)
-    lines = evaluate("fashion", folder, paths, images=4)
+    lines = evaluate("fashion", folder, dict(enumerate(paths)), images=4)
     plans = schedules(7, 6)
     assert len(lines) == 1 + sum(6 if halving else 4 for _, halving in plans)
     assert {line.tokens for line in lines if line.schedule == "0 0 21 12 0 0"} == {"49 49 28 16 16 16"}
@@ -62,7 +62,7 @@ def test_unequal_counts_are_refused(folder: Path, tmp_path: Path, monkeypatch: p
     evenly = ways.evenly
     monkeypatch.setattr(ways, "evenly", lambda tokens, keep: evenly(tokens, keep - 1))
     with pytest.raises(RuntimeError, match="with uniform"):
-        evaluate("fashion", folder, [tmp_path / "0.safetensors"], images=2)
+        evaluate("fashion", folder, {0: tmp_path / "0.safetensors"}, images=2)
 
 
 def test_ways_change_what_they_should(folder: Path) -> None:
