@@ -85,8 +85,7 @@ class FrameMerging(Merging):
         """The run of a pass whose first block gets ``x`` ``[videos * frames, T, C]``."""
         if x.dim() != 3:
             _check.fail("tokens [videos * frames, T, C] in the first block", x)
-        # A compiled tower is compiled for each shape: how videos divide a batch is not to be shown of a symbol.
-        rows, tokens = int(x.shape[0]), int(x.shape[1])
+        rows, tokens = _fixed(x.shape[0]), _fixed(x.shape[1])
         frames = self._frames
         if (rows % frames if isinstance(frames, int) else rows - sum(frames)) != 0:
             whole = f"whole videos of {frames} frames" if isinstance(frames, int) else f"{sum(frames)} frames"
@@ -153,6 +152,11 @@ class FrameMerging(Merging):
         if self.output == "full":
             return None if self.run is None else self.run.plan(stop=stop)
         return super().trace(stop)
+
+
+def _fixed(count: int) -> int:
+    """``count``; compiled code is made anew for each, because how videos divide a batch is hard to show of a symbol."""
+    return len(range(count))
 
 
 def _width(tower: Any, block: nn.Module) -> int:
