@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -250,3 +251,9 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> bool:
 def available(kind: str) -> bool:
     """Whether the installed transformers has the family."""
     return importlib.util.find_spec(f"transformers.models.{kind}") is not None
+
+
+def masked() -> list[str]:
+    """Families whose towers take a mask of padding from the caller on this version."""
+    towers = {kind: getattr(transformers, KINDS[kind].model) for kind in KINDS if available(kind)}
+    return [kind for kind, tower in towers.items() if "attention_mask" in inspect.signature(tower.forward).parameters]

@@ -55,7 +55,7 @@ class Tower:
         """The blocks of ``tower`` in order."""
         for name in self.blocks:
             try:
-                return list(attrgetter(name)(tower))
+                return [getattr(block, "_orig_mod", block) for block in attrgetter(name)(tower)]
             except AttributeError:
                 continue
         raise ValueError(f"expected {type(tower).__name__} to have blocks at {' or '.join(self.blocks)}, got none")
