@@ -225,6 +225,28 @@ def test_bad_input_costs_one_sentence(
     assert not (tmp_path / "out/metrics.json").exists()
 
 
+def test_bars(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = retrieval.Talk(True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with talk.bar("Training") as training:
+        training(1, 4, "loss 0.5")
+        with talk.bar("Evaluating") as evaluating:
+            evaluating(2, 3)
+            talk("a note")
+            bars = talk._bars
+            assert [(t.description, t.completed, t.total) for t in bars.tasks] == [
+                ("Training loss 0.5", 1, 4), ("Evaluating", 2, 3),
+            ]  # fmt: skip
+        assert len(bars.tasks) == 1
+    assert talk._bars is None and bars.finished and "a note" in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    with talk.bar("Training") as training:
+        training(1, 4)
+    with retrieval.Talk(False).bar("Training"):
+        retrieval.Talk(False)("from another process")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(("module", "name"), [("accelerate", "accelerate"), ("torch.utils.tensorboard", "tensorboard")])
 def test_missing_packages(
     call: Callable[..., Said],

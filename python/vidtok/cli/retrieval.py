@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vidtok.cli.errors import InputError, one_line
+from vidtok.cli.retrieval_model import build, check_fit, locate, merges, save
 from vidtok.cli.retrieval_options import RetrievalOptions
+from vidtok.cli.talk import Talk
 from vidtok.data import VideoError
 from vidtok.data.retrieval import (
     EvaluationClips,
@@ -82,7 +80,7 @@ def _run(options: RetrievalOptions, model: Any) -> dict[str, Any]:
     frames = options.max_frames if "max_frames" in options.given else getattr(own, "max_frames", options.max_frames)
     length = options.max_words if "max_words" in options.given else getattr(own, "max_words", options.max_words)
     words = Words(load_tokenizer(options.tokenizer or place or "."), length)
-    _fits(model, words)
+    check_fit(model, words)
     sizes: Any = getattr(model, "sizes", None)
     size = options.image_size if options.image_size is not None else int(getattr(sizes, "image", 224))
     test = None
@@ -146,27 +144,6 @@ def _check(options: RetrievalOptions) -> None:
     merges(options.tome_r)
 
 
-def merges(text: str) -> int | list[int] | tuple[int, float]:
-    """``--tome_r``: a whole number, one for each layer with commas between them, or ``R:INFLECTION``."""
-    parts = [p.strip() for p in str(text).split(",")]
-    number, colon, inflection = str(text).partition(":")
-    try:
-        if colon:
-            return merges_of(number), float(inflection)
-        found = [merges_of(p) for p in parts]
-    except ValueError:
-        wanted = "--tome_r as a whole number of at least 0, several with commas, or R:INFLECTION"
-        raise InputError(f"expected {wanted}, got {text!r}") from None
-    return found[0] if len(found) == 1 else found
-
-
-def merges_of(text: str) -> int:
-    """A number of merges."""
-    if not (text.isascii() and text.isdigit() and len(text) < 6):
-        raise ValueError
-    return int(text)
-
-
 def _recipe(options: RetrievalOptions) -> Recipe:
     amp = options.amp
     if amp == "auto":
@@ -194,88 +171,6 @@ def _frames(options: RetrievalOptions, count: int, size: int, training: bool) ->
     )
     cache = FrameCache(options.frame_cache, int(options.frame_cache_gb * 2**30)) if options.frame_cache else None
     return FrameLoader(rule, cache, options.video_backend, options.isolate)
-
-
-def locate(name: str) -> Path:
-    """The file or folder of CLIP weights that a path or a name stands for; nothing is downloaded.
-
-    Names of OpenAI's release are looked for as ``ViT-B-32.pt`` in the working folder, in ``modules`` and in
-    ``~/.cache/clip``, and with names of the hub in its local cache.
-
-    Raises:
-        InputError: when nothing is there.
-    """
-    from vidtok.systems.stop import NAMES
-
-    if Path(name).exists():
-        return Path(name)
-    file = f"{name.replace('/', '-')}.pt"
-    known = name in NAMES
-    places = [Path(file), Path("modules", file), Path.home() / ".cache" / "clip" / file] if known else []
-    for place in places:
-        if place.is_file():
-            return place
-    repository = NAMES.get(name, name)
-    if repository.count("/") == 1 and not os.path.isabs(repository):
-        from huggingface_hub import try_to_load_from_cache
-
-        for weights in ("model.safetensors", "pytorch_model.bin"):
-            try:
-                found = try_to_load_from_cache(repository, weights)
-            except ValueError:
-                break
-            if isinstance(found, str):
-                return Path(found).parent
-    looked = f" or {file} in ., modules, ~/.cache/clip" if known else ""
-    raise InputError(f"expected --pretrained_clip_name as a path, a name in the hub's cache{looked}, got {name!r}")
-
-
-def build(options: RetrievalOptions, place: Path) -> Any:
-    """The model of a file or folder. Of a trained model, settings stay as saved where no option was given."""
-    from vidtok.systems.stop import Config, load
-
-    values = {f.name: getattr(options, f.name) for f in fields(Config) if hasattr(options, f.name)}
-    saved = place.is_dir() and (place / "config.json").is_file() and '"stop"' in (place / "config.json").read_text()
-    if saved:
-        values = {k: v for k, v in values.items() if k in options.given}
-    elif values["freeze_layer_num"] is None:
-        values["freeze_layer_num"] = 1000 if options.temporal_prompt not in ("none", "") else -1
-    values = {k: v for k, v in values.items() if v is not None}
-    if "tome_r" in values:
-        values["tome_r"] = merges(values["tome_r"])
-    try:
-        model = load(place, **values)
-    except (OSError, KeyError, RuntimeError) as error:
-        raise InputError(f"expected weights of a CLIP, got {place.name}, {one_line(error, 200)}") from error
-    if options.init_model is not None:
-        _init(model, Path(options.init_model))
-    return model
-
-
-def _init(model: Any, path: Path) -> None:
-    from vidtok.systems.stop import read
-
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"expected --init_model as weights, got {path.name!r}, which has none")
-    state, own = read(file), model.state_dict()
-    wrong = [f"{k} missing" for k in own if k not in state] + [f"{k} unknown" for k in state if k not in own]
-    wrong += [f"{k} of another shape" for k in own if k in state and own[k].shape != state[k].shape]
-    if wrong:
-        raise InputError(
-            f"expected --init_model with the model's own keys, got {len(wrong)} others: {', '.join(wrong[:10])}"
-        )
-    model.load_state_dict(state)
-
-
-def _fits(model: Any, words: Words) -> None:
-    sizes = getattr(model, "sizes", None)
-    if sizes is None:
-        return
-    if words.max_words > sizes.context:
-        raise InputError(f"expected --max_words of at most {sizes.context}, as the model has, got {words.max_words}")
-    if len(words.tokenizer) > sizes.vocabulary:
-        raise InputError(f"expected a tokenizer of at most {sizes.vocabulary} ids, got one of {len(words.tokenizer)}")
 
 
 def _evaluate(
@@ -328,55 +223,6 @@ def _train(
         # A run whose last step was done before it began.
         return done.model, _evaluate(options, accelerator, talk, done.model, test, words)
     return done.model, done.scores[-1] if done.scores else {}
-
-
-def save(accelerator: Any, model: Any, words: Words, folder: Path) -> None:
-    """Write a model and its tokenizer as ``--pretrained_clip_name`` takes them."""
-    if accelerator.is_main_process:
-        from vidtok.systems.stop import CLIP4Clip
-        from vidtok.systems.stop import save as write
-
-        plain = accelerator.unwrap_model(model)
-        if isinstance(plain, CLIP4Clip):
-            write(plain, folder)
-            words.tokenizer.save_pretrained(str(folder))
-    accelerator.wait_for_everyone()
-
-
-class Talk:
-    """Progress and notes on standard error, from the main process."""
-
-    def __init__(self, main: bool) -> None:
-        self.main = main
-
-    def __call__(self, text: str) -> None:
-        if self.main:
-            print(one_line(text, 1000), file=sys.stderr, flush=True)
-
-    @contextmanager
-    def warnings(self) -> Iterator[None]:
-        """Warnings inside become notes."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-        for entry in caught:
-            self(str(entry.message))
-
-    @contextmanager
-    def bar(self, title: str) -> Iterator[Any]:
-        """A function of (done, total, note) that moves a bar, on a terminal."""
-        if not self.main or not sys.stderr.isatty():
-            yield lambda done, total, note="": None
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-            task = bars.add_task(title)
-            yield lambda done, total, note="": bars.update(
-                task, completed=done, total=total, description=f"{title} {note}".strip()
-            )
 
 
 def _plain(scores: dict[str, Any]) -> dict[str, Any]:

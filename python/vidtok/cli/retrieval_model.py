@@ -1,0 +1,128 @@
+"""The model of ``vidtok train retrieval``: where weights lie, how they become a model, and how one is written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from vidtok.cli.errors import InputError, one_line
+from vidtok.cli.retrieval_options import RetrievalOptions
+from vidtok.data.retrieval import Words
+
+
+def merges(text: str) -> int | list[int] | tuple[int, float]:
+    """``--tome_r``: a whole number, one for each layer with commas between them, or ``R:INFLECTION``."""
+    parts = [p.strip() for p in str(text).split(",")]
+    number, colon, inflection = str(text).partition(":")
+    try:
+        if colon:
+            return _whole(number), float(inflection)
+        found = [_whole(p) for p in parts]
+    except ValueError:
+        wanted = "--tome_r as a whole number of at least 0, several with commas, or R:INFLECTION"
+        raise InputError(f"expected {wanted}, got {text!r}") from None
+    return found[0] if len(found) == 1 else found
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 6):
+        raise ValueError
+    return int(text)
+
+
+def locate(name: str) -> Path:
+    """The file or folder of CLIP weights that a path or a name stands for; nothing is downloaded.
+
+    Names of OpenAI's release are looked for as ``ViT-B-32.pt`` in the working folder, in ``modules`` and in
+    ``~/.cache/clip``, and with names of the hub in its local cache.
+
+    Raises:
+        InputError: when nothing is there.
+    """
+    from vidtok.systems.stop import NAMES
+
+    if Path(name).exists():
+        return Path(name)
+    file = f"{name.replace('/', '-').replace('@', '-')}.pt"
+    known = name in NAMES
+    places = [Path(file), Path("modules", file), Path.home() / ".cache" / "clip" / file] if known else []
+    for place in places:
+        if place.is_file():
+            return place
+    repository = NAMES.get(name, name)
+    if repository.count("/") == 1 and not os.path.isabs(repository):
+        from huggingface_hub import try_to_load_from_cache
+
+        for weights in ("model.safetensors", "pytorch_model.bin"):
+            try:
+                found = try_to_load_from_cache(repository, weights)
+            except ValueError:
+                break
+            if isinstance(found, str):
+                return Path(found).parent
+    looked = f" or {file} in ., modules, ~/.cache/clip" if known else ""
+    raise InputError(f"expected --pretrained_clip_name as a path, a name in the hub's cache{looked}, got {name!r}")
+
+
+def build(options: RetrievalOptions, place: Path) -> Any:
+    """The model of a file or folder. Of a trained model, settings stay as saved where no option was given."""
+    from vidtok.systems.stop import Config, load
+
+    values = {f.name: getattr(options, f.name) for f in fields(Config) if hasattr(options, f.name)}
+    saved = place.is_dir() and (place / "config.json").is_file() and '"stop"' in (place / "config.json").read_text()
+    if saved:
+        values = {k: v for k, v in values.items() if k in options.given}
+    elif values["freeze_layer_num"] is None:
+        values["freeze_layer_num"] = 1000 if options.temporal_prompt not in ("none", "") else -1
+    values = {k: v for k, v in values.items() if v is not None}
+    if "tome_r" in values:
+        values["tome_r"] = merges(values["tome_r"])
+    try:
+        model = load(place, **values)
+    except (OSError, KeyError, RuntimeError) as error:
+        raise InputError(f"expected weights of a CLIP, got {place.name}, {one_line(error, 200)}") from error
+    if options.init_model is not None:
+        _init(model, Path(options.init_model))
+    return model
+
+
+def _init(model: Any, path: Path) -> None:
+    from vidtok.systems.stop import read
+
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"expected --init_model as weights, got {path.name!r}, which has none")
+    state, own = read(file), model.state_dict()
+    wrong = [f"{k} missing" for k in own if k not in state] + [f"{k} unknown" for k in state if k not in own]
+    wrong += [f"{k} of another shape" for k in own if k in state and own[k].shape != state[k].shape]
+    if wrong:
+        raise InputError(
+            f"expected --init_model with the model's own keys, got {len(wrong)} others: {', '.join(wrong[:10])}"
+        )
+    model.load_state_dict(state)
+
+
+def check_fit(model: Any, words: Words) -> None:
+    """Refuse captions longer than the model's context, and ids that it has not."""
+    sizes = getattr(model, "sizes", None)
+    if sizes is None:
+        return
+    if words.max_words > sizes.context:
+        raise InputError(f"expected --max_words of at most {sizes.context}, as the model has, got {words.max_words}")
+    if len(words.tokenizer) > sizes.vocabulary:
+        raise InputError(f"expected a tokenizer of at most {sizes.vocabulary} ids, got one of {len(words.tokenizer)}")
+
+
+def save(accelerator: Any, model: Any, words: Words, folder: Path) -> None:
+    """Write a model and its tokenizer as ``--pretrained_clip_name`` takes them."""
+    if accelerator.is_main_process:
+        from vidtok.systems.stop import CLIP4Clip
+        from vidtok.systems.stop import save as write
+
+        plain = accelerator.unwrap_model(model)
+        if isinstance(plain, CLIP4Clip):
+            write(plain, folder)
+            words.tokenizer.save_pretrained(str(folder))
+    accelerator.wait_for_everyone()
