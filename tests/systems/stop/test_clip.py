@@ -200,5 +200,9 @@ def test_names_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ValueError, match="expected a path that exists, or one of ViT-B/32"):
         load("ViT-Q")
+    with pytest.raises(ValueError, match="expected a path that exists"):
+        load("models/missing.pt")
+    with pytest.raises(ValueError, match=r"repository of the Hugging Face hub that can be reached, got 'a/b-1.5'"):
+        load("a/b-1.5")
     with pytest.raises(ValueError, match=r"model.safetensors or pytorch_model.bin in .*, got neither"):
         load(tmp_path)

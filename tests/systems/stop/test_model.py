@@ -113,7 +113,7 @@ def test_frame_merging_settings_are_refused():
         ({}, "merge_layers below the 2 layers"),
     ):
         with pytest.raises(ValueError, match=message):
-            tiny(tome_frame_merging=True, **options)
+            tiny(tome_frame_merging=True, tome_r=2, **options)
 
 
 def test_videos_of_a_wrong_shape_are_refused():

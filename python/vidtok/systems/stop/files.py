@@ -24,6 +24,7 @@ NAMES = {
     "ViT-L/14": "openai/clip-vit-large-patch14",
     "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
 }
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -60,7 +61,7 @@ def _locate(name: str) -> Path:
     own = Path.home() / ".cache" / "clip" / f"{name.replace('/', '-')}.pt"
     if name in NAMES:
         return own if own.exists() else _download(NAMES[name])
-    if name.count("/") != 1 or path.is_absolute() or path.suffix:
+    if name.count("/") != 1 or path.is_absolute() or path.suffix in _SUFFIXES:
         _check.fail(f"a path that exists, or one of {', '.join(NAMES)}", repr(name))
     return _download(name)
 

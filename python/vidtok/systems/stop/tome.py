@@ -48,6 +48,10 @@ def options_of(config: Config, sizes: Sizes) -> ToMe | TempMe | None:
         "trace": config.tome_trace_source,
     }
     options: ToMe | TempMe = ToMe(r=r, **common)
+    if r == 0:
+        if config.tome_frame_merging:
+            warnings.warn("tome_frame_merging does nothing with tome_r=0, which takes all merging out", stacklevel=4)
+        return None
     tokens, layers = sizes.grid**2 + 1, sizes.vision_layers
     if config.tome_frame_merging:
         shares = _numbers(config.tome_merge_proportions, "tome_merge_proportions")
