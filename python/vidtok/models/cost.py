@@ -149,7 +149,8 @@ def _attention(layer: nn.Module) -> Any:
     """The attention module of a layer."""
     for name in ("self_attn", "attention", "attn", "mixer", "self_attention"):
         module = getattr(layer, name, None)
-        if module is not None:
+        # A block may have a method of that name.
+        if isinstance(module, nn.Module):
             return module
     return layer
 

@@ -81,6 +81,14 @@ def test_equals_loops(name):
             close(tokens[i], x)
             close(got[i], head_by_loops(model, x, sizes))
             assert (x - by_loops(model, image, prop_attn=False)[0]).norm() > 1e-3 * x.norm()
+        blocks = handle.report().vision[0].blocks
+        assert [block.merged for block in blocks] == [24, 16, 12]
+        width, hidden, heads = 32, 64, 2
+        # Projections and scores of the first block, its comparison, and what its MLP takes on the tokens left.
+        assert name == "custom" or blocks[0].flops == (
+            2 * 34 * 4 * width * width + 4 * width * 2 * 17 * 17 + 2 * 2 * 9 * 8 * (width // heads)
+            + 2 * 24 * 2 * width * hidden
+        )  # fmt: skip
         assert (got - plain).norm() > 1e-3 * plain.norm()
 
 
