@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -260,6 +261,24 @@ def test_missing_packages(
     said = call(*training(made, tmp_path / "out", "--tensorboard"))
     last = said.err.strip().splitlines()[-1]
     assert said.code == 2 and last.startswith(f"vidtok: expected the package {name}") and last.endswith("got none")
+
+
+DAMAGE = [b"", b"damaged", b"PK\x03\x04 no archive", b"{}"]
+DAMAGED = [
+    (o, n, d) for o in ("--pretrained_clip_name", "--init_model") for n in ("model.safetensors", "a.pt") for d in DAMAGE
+]
+DAMAGED += [("--pretrained_clip_name", "config.json", d) for d in DAMAGE[:3]]
+
+
+@pytest.mark.parametrize(("option", "name", "content"), DAMAGED)
+def test_damaged_weights(
+    call: Callable[..., Said], made: dict[str, Path], tmp_path: Path, option: str, name: str, content: bytes
+) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(made["clip"], folder)
+    (folder / name).write_bytes(content)
+    said = call(*training(made, tmp_path / "out", option, folder / name if name == "a.pt" else folder))
+    assert said.code == 2 and said.err.strip().splitlines()[-1].startswith("vidtok: expected ")
 
 
 def test_missing_videos(call: Callable[..., Said], made: dict[str, Path], tmp_path: Path) -> None:

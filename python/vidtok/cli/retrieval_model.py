@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,22 @@ def build(options: RetrievalOptions, place: Path) -> Any:
     values = {k: v for k, v in values.items() if v is not None}
     if "tome_r" in values:
         values["tome_r"] = merges(values["tome_r"])
-    try:
-        model = load(place, **values)
-    except (OSError, KeyError, RuntimeError) as error:
-        raise InputError(f"expected weights of a CLIP, got {place.name}, {one_line(error, 200)}") from error
+    model = _read(lambda: load(place, **values), "weights of a CLIP", place)
     if options.init_model is not None:
         _init(model, Path(options.init_model))
     return model
+
+
+def _read(load: Callable[[], Any], what: str, place: Path) -> Any:
+    """What ``load`` returns; what it raises about a damaged file in one sentence."""
+    try:
+        return load()
+    except Exception as error:  # every format has errors of its own
+        if isinstance(error, ValueError) and str(error).startswith("expected "):
+            raise
+        raise InputError(
+            f"expected {what}, got {place.name!r}, which does not load ({one_line(error, 160)})"
+        ) from error
 
 
 def _init(model: Any, path: Path) -> None:
@@ -94,7 +104,7 @@ def _init(model: Any, path: Path) -> None:
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"expected --init_model as weights, got {path.name!r}, which has none")
-    state, own = read(file), model.state_dict()
+    state, own = _read(lambda: read(file), "--init_model as weights", path), model.state_dict()
     wrong = [f"{k} missing" for k in own if k not in state] + [f"{k} unknown" for k in state if k not in own]
     wrong += [f"{k} of another shape" for k in own if k in state and own[k].shape != state[k].shape]
     if wrong:
