@@ -280,8 +280,13 @@ def test_a_block_in_two_places():
 
 def test_a_block_without_tokens():
     model = Own()
-    with put(model), pytest.raises(ValueError, match="a block of Own to be called with its tokens first"):
-        model.stages["blocks"][0]()
+    with put(model):
+        with pytest.raises(ValueError, match="a block of Own to be called with its tokens first"):
+            model.stages["blocks"][0]()
+        with pytest.raises(
+            ValueError, match=re.escape("blocks of Own to get tokens [B, T, C], got torch.float32 [17, 32]")
+        ):
+            model(tokens()[0])
 
 
 def test_a_second_attachment_is_refused():

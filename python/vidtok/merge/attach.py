@@ -107,6 +107,8 @@ class Merging:
 
     def begin(self, x: Tensor, real: Tensor | None = None) -> Run:
         """The run of a pass whose first block gets ``x`` ``[B, T, C]``; bool ``real`` ``[B, T]`` is no padding."""
+        if x.dim() != 3:
+            _check.fail(f"blocks of {type(self.tower).__name__} to get tokens [B, T, C]", x)
         batch, tokens = x.shape[0], x.shape[-2]
         own, keep = self.options.protected, self.options.trace or self.full_length
         protected: int | Tensor
