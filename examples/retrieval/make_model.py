@@ -9,6 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
+
 from vidtok.data.retrieval.tokenizer import train_tokenizer
 from vidtok.systems.stop import save, tiny
 
@@ -19,7 +21,11 @@ def make(data: Path, out: Path, prompts: str = "none", seed: int = 0) -> None:
     train = {line.strip() for line in (data / "MSRVTT_train.9k.csv").read_text().splitlines()}
     train_tokenizer((s["caption"] for s in sentences if s["video_id"] in train), out, vocab_size=768)
     text = {"context": 24, "vocabulary": 768, "text_width": 64, "text_layers": 2, "text_heads": 4, "embed": 64}
-    save(tiny(64, 8, 64, 4, 2, **text, seed=seed, temporal_prompt=prompts, max_frames=4, max_words=24), out)
+    model = tiny(64, 8, 64, 4, 2, **text, seed=seed, temporal_prompt=prompts, max_frames=4, max_words=24)
+    with torch.no_grad():
+        # As large as what comes from the pixels: where a thing is, is learned in minutes.
+        model.clip.visual.positional_embedding.mul_(4.0)
+    save(model, out)
 
 
 def main() -> None:
