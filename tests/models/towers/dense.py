@@ -176,6 +176,8 @@ class Loops:
     size: Tensor
     place: list[int]
     states: list[Tensor]
+    #: Of every token at the start, which of those after a block it went into.
+    owners: list[list[int]]
 
 
 def by_loops(
@@ -198,7 +200,7 @@ def by_loops(
     tower = core(model)
     x = embed(tower, given)[0]
     rope = tower.rope_embeddings(given["pixel_values"]) if hasattr(tower, "rope_embeddings") else None
-    size, place, states = torch.ones(x.shape[0]), list(range(x.shape[0])), [x]
+    size, place, states, owners = torch.ones(x.shape[0]), list(range(x.shape[0])), [x], [list(range(x.shape[0]))]
     for r, block in zip(merges, blocks(tower), strict=True):
         y = part(block, "layer_norm1", "norm1", "layernorm_before")(x)
         q, k, v = project(block, y)
@@ -217,7 +219,8 @@ def by_loops(
         similar = {"keys": k.mean(0), "values": v.mean(0), "hidden": x}[metric].detach()
         stay = {*range(prefix), *(held(place) if held else ())}
         stay |= {t for t, was in enumerate(place) if hidden(was)}
-        order, _ = match(similar, r, stay)
+        order, gone = match(similar, r, stay)
+        owners.append([order.index(gone.get(t, t)) for t in owners[-1]])
         x, size = merge(x, similar, size, r, stay)
         place = [place[i] for i in order]
         y = part(block, "layer_norm2", "norm2", "layernorm_after")(x)
@@ -228,7 +231,7 @@ def by_loops(
         norm = getattr(tower, name, None)
         if norm is not None and not hasattr(tower, "pre_layrnorm"):
             x = norm(x)
-    return Loops(x, size, place, states)
+    return Loops(x, size, place, states, owners)
 
 
 def by_query(head: Any, x: Tensor, size: Tensor) -> Tensor:

@@ -123,6 +123,35 @@ def test_video_pretraining_gets_every_token():
     assert got.shape == want.shape and not torch.equal(got, want)
 
 
+BACKBONES = {
+    "dinov2": "Dinov2Backbone",
+    "dinov2_with_registers": "Dinov2WithRegistersBackbone",
+    "dinov3_vit": "DINOv3ViTBackbone",
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind, name in BACKBONES.items() if hasattr(transformers, name)])
+def test_feature_maps_are_of_every_token(kind):
+    family, prefix = KINDS[kind], KINDS[kind].prefix
+    config = getattr(transformers, family.config)(
+        **{**dense.COMMON, **family.options}, out_features=["stage1", "stage2", "stage3"], apply_layernorm=False
+    )
+    model = dense.sharpen(getattr(transformers, BACKBONES[kind])(config))
+    with torch.no_grad():
+        plain = model(**inputs(kind)).feature_maps
+        with vidtok.attach(model, vision="tome:r=0"):
+            assert all(torch.equal(a, b) for a, b in zip(model(**inputs(kind)).feature_maps, plain, strict=True))
+        with vidtok.attach(model, vision=ToMe(r=MERGES)) as handle:
+            maps = model(**inputs(kind)).feature_maps
+            assert handle.vision[0].run.tokens[-1] == prefix + 21
+        want = by_loops(model, of(0, inputs(kind)), MERGES, prefix)
+        for i, got in enumerate(maps, 1):
+            full = want.states[i][want.owners[i]]
+            full = model.norm(full) if kind == "dinov3_vit" and i == 3 else full
+            assert close(got[0], full[prefix:].T.reshape(-1, 6, 6))
+        assert all(torch.equal(a, b) for a, b in zip(model(**inputs(kind)).feature_maps, plain, strict=True))
+
+
 # ---------------------------------------------------------------------- models of two towers
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_image_and_text(kind):

@@ -84,7 +84,8 @@ def merge(
     blocks = family.find_blocks(tower)
     versions.check_tower(_relied(tower, family, around))
     names = [{kind.__name__ for kind in type(module).__mro__} for module in around]
-    full_length = full_length or family.full_length or any(name & set(family.dense) for name in names)
+    dense = any(name & set(family.dense) for name in (*names, {type(tower).__name__}))
+    full_length = full_length or family.full_length or dense
     kind = kind_of(family.kind, options, tower)
     merging = kind(tower, blocks, family.halves, options, family.prefix(tower), full_length)
     undo: list[Callable[[], None]] = []

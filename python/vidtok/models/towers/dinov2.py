@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from vidtok.merge.run import Step
 from vidtok.models.towers._base import Tower
+from vidtok.models.towers._full import recorded
 from vidtok.models.towers._heads import Head, class_and_mean
 from vidtok.models.towers._masks import real
 from vidtok.models.towers.vit import attend, attention
@@ -31,22 +33,32 @@ def registers(tower: Any) -> int:
     return 1 + tower.config.num_register_tokens
 
 
+def stages(tower: Any, merging: Any) -> Callable[[], None]:
+    """A backbone makes its feature maps of what its encoder records."""
+    encoder = getattr(tower, "encoder", None) or getattr(tower, "model", None)
+    return recorded(encoder, merging) if merging.full_length and encoder is not None else lambda: None
+
+
 FAMILIES = (
     Tower(
         "dinov2",
-        ("Dinov2Model",),
+        ("Dinov2Model", "Dinov2Backbone"),
         ("encoder.layer",),
         Scaled(),
         attention,
+        extras=(stages,),
         heads=(Head(("Dinov2ForImageClassification",), "classifier", class_and_mean),),
+        dense=("Dinov2Backbone",),
     ),
     Tower(
         "dinov2_with_registers",
-        ("Dinov2WithRegistersModel",),
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
         ("encoder.layer",),
         Scaled(),
         attention,
         registers,
+        extras=(stages,),
         heads=(Head(("Dinov2WithRegistersForImageClassification",), "classifier", class_and_mean),),
+        dense=("Dinov2WithRegistersBackbone",),
     ),
 )

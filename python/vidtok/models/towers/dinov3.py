@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vidtok.merge.run import Step
 from vidtok.models.towers._base import Tower
-from vidtok.models.towers.dinov2 import Scaled, registers
+from vidtok.models.towers.dinov2 import Scaled, registers, stages
 from vidtok.models.towers.vit import attention
 
 
@@ -36,4 +36,15 @@ class Rotated(Scaled):
         return super().attend(block, x, step, **kwargs)
 
 
-FAMILIES = (Tower("dinov3_vit", ("DINOv3ViTModel",), ("model.layer", "layer"), Rotated(), attention, registers),)
+FAMILIES = (
+    Tower(
+        "dinov3_vit",
+        ("DINOv3ViTModel", "DINOv3ViTBackbone"),
+        ("model.layer", "layer"),
+        Rotated(),
+        attention,
+        registers,
+        extras=(stages,),
+        dense=("DINOv3ViTBackbone",),
+    ),
+)
