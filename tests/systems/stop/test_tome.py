@@ -165,10 +165,16 @@ def test_where_every_patch_went(prompt):
         assert torch.equal(count.float(), size[frame])
         assert source[frame, 0] == 0
     # Patches that look alike go together.
+    model.set_tome([6, 0, 0], trace_source=True)
+    halves = torch.zeros(1, 1, 3, 32, 32)
+    halves[..., :16], halves[..., 16:] = torch.randn(3, 1, 1), torch.randn(3, 1, 1)
     with torch.no_grad():
-        flat = torch.zeros(1, 1, 3, 32, 32)
-        flat[..., :16] = torch.randn(3, 32, 1)
-        model.encode_video(flat)
+        model.clip.visual.positional_embedding.zero_()
+        model.encode_video(halves)
+    source = model.source_map()[0, 1:].view(4, 4)
+    assert source.unique().numel() == 10 and not set(source[:, :2].flatten().tolist()) & set(
+        source[:, 2:].flatten().tolist()
+    )
     model.set_tome(4)
     with pytest.raises(ValueError, match="expected tome_trace_source=True"):
         model.source_map()
