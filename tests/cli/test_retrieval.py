@@ -308,7 +308,11 @@ def test_missing_videos(call: Callable[..., Said], made: dict[str, Path], tmp_pa
         last = said.err.strip().splitlines()[-1]
         assert said.code == 2 and last.startswith("vidtok: expected a") and "'video7.mp4'" in last and len(last) < 200
     said = call(*options, "--allow_missing")
-    assert said.code == 0 and "1 of 8 videos missing" in said.err and "1 videos do not decode" in said.err
+    assert (
+        said.code == 0
+        and "1 of 8 videos missing" in said.err
+        and "1 videos do not decode and are left out: video7" in said.err
+    )
     assert json.loads((tmp_path / "out/metrics.json").read_text())["text_to_video"]["queries"] == 6
 
 

@@ -20,6 +20,7 @@ pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState
 
 from tests.training.retrieval_parts import Each, Small, pairs_of, same, scores, state
+from vidtok.data import VideoError
 from vidtok.data.retrieval import TrainingPairs
 from vidtok.training import checkpoints as checkpoints_module
 from vidtok.training.retrieval import Recipe, accelerator_for, train
@@ -207,6 +208,34 @@ def test_one_caption_per_clip(data: TrainingPairs, tmp_path: Path) -> None:
         assert torch.equal(single[3]["video"], single[3]["video"])
     assert 0 < sum(a != b for a, b in zip(*texts)) < 8
     assert run(single, tmp_path).steps == 8
+
+
+def test_clips_that_do_not_decode_are_replaced_and_named(
+    data: TrainingPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = type(data.frames).load
+
+    def load(self: Any, clip: Any, seed: object = None) -> Any:
+        if clip.name in ("2", "3"):
+            raise VideoError(f"expected a video that decodes, got {clip.name}")
+        return real(self, clip, seed)
+
+    monkeypatch.setattr(type(data.frames), "load", load)
+    with pytest.raises(VideoError, match="expected a video that decodes"):
+        run(data, tmp_path / "one")
+    for expand in (True, False):
+        forgiving = TrainingPairs(data.pairs, data.words, data.frames, expand=expand, skip_unreadable=True)
+        for workers in (0, 1):
+            done = run(forgiving, tmp_path / f"{expand}{workers}", stop_after=4, workers=workers)
+            assert done.unreadable and set(done.unreadable) <= {"2", "3"}
+        # Two captions of each: the fourth item after the first bad one decodes.
+        items = [forgiving[i] for i in range(len(forgiving))]
+        assert sorted({int(item["unreadable"]) for item in items}) == [-1, 3]
+        assert torch.equal(items[2 if not expand else 4]["input_ids"], items[4 if not expand else 8]["input_ids"])
+    every = TrainingPairs(data.pairs, data.words, data.frames, skip_unreadable=True)
+    monkeypatch.setattr(type(data.frames), "load", lambda self, clip, seed=None: load(self, data.pairs.clips[2]))
+    with pytest.raises(VideoError, match="got 2"):
+        every[0]
 
 
 @pytest.mark.parametrize(

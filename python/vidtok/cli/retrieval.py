@@ -183,9 +183,13 @@ def _evaluate(
             model, test, words, batch_size=options.batch_size_val, workers=options.num_thread_reader,
             gallery=options.gallery, accelerator=accelerator, notify=notify,
         )  # fmt: skip
-    if scores["unreadable"]:
-        talk(f"{len(scores['unreadable'])} videos do not decode and are left out: {one_line(scores['unreadable'])}")
+    _unreadable(talk, scores["unreadable"], "are left out")
     return scores
+
+
+def _unreadable(talk: Talk, names: list[str], what: str) -> None:
+    if names:
+        talk(f"{len(names)} videos do not decode and {what}: {one_line(', '.join(names))}")
 
 
 def _train(
@@ -218,6 +222,7 @@ def _train(
             evaluate=after if test is not None else None,
             notify=lambda steps, total, loss: notify(steps, total, f"loss {loss:.3f}"),
         )  # fmt: skip
+    _unreadable(talk, done.unreadable, "were replaced")
     save(accelerator, done.model, words, Path(options.output_dir) / "model")
     if test is not None and not done.scores:
         # A run whose last step was done before it began.

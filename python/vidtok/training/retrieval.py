@@ -89,12 +89,16 @@ def accelerator_for(recipe: Recipe, *, cpu: bool = False) -> Any:
 
 @dataclass
 class Trained:
-    """What :func:`train` leaves: the model out of its wrappers, steps done, the last loss, and what was evaluated."""
+    """What :func:`train` leaves: the model out of its wrappers, steps done, the last loss, what was evaluated.
+
+    ``unreadable`` names clips that did not decode and were replaced (``skip_unreadable`` of the data).
+    """
 
     model: Any
     steps: int
     loss: float
     scores: list[Any]
+    unreadable: list[str]
 
 
 def train(
@@ -172,6 +176,7 @@ def train(
     done = saved.load(resume)
     steps, begun = done, done
     loss, scores = torch.zeros(()), []
+    unreadable: set[int] = set()
     with Records(Path(output_dir), accelerator, tensorboard) as records:
         for epoch in range(done // per_epoch, recipe.epochs):
             data.begin(epoch)
@@ -179,6 +184,8 @@ def train(
             model.train()
             skip = (steps - epoch * per_epoch) * recipe.accumulation
             for batch in accelerator.skip_first_batches(loader, skip) if skip else loader:
+                if data.skip_unreadable:
+                    unreadable.update(i for i in batch["unreadable"].tolist() if i >= 0)
                 with accelerator.accumulate(model):
                     batch["video"] = normalize(batch["video"])
                     with accelerator.autocast():
@@ -213,7 +220,17 @@ def train(
             if stop_after is not None and steps - begun >= stop_after:
                 break
     accelerator.wait_for_everyone()
-    return Trained(accelerator.unwrap_model(model), steps, float(loss.detach()), scores)
+    names = _everywhere({data.pairs.clips[i].name for i in unreadable}, accelerator)
+    return Trained(accelerator.unwrap_model(model), steps, float(loss.detach()), scores, names)
+
+
+def _everywhere(names: set[str], accelerator: Any) -> list[str]:
+    """Of all processes."""
+    if accelerator.num_processes == 1:
+        return sorted(names)
+    from accelerate.utils import gather_object
+
+    return sorted(set(gather_object(sorted(names))))
 
 
 ORDER = ("input_ids", "token_type_ids", "attention_mask", "video", "video_mask")

@@ -21,7 +21,8 @@ class TrainingPairs(Dataset):
     """Captions with frames of their clips: what a training step takes.
 
     Item: ``input_ids``, ``token_type_ids``, ``attention_mask`` int64 ``[max_words]``, ``video`` uint8 ``[T, 3, S, S]``,
-    ``video_mask`` int64 ``[T]``. What is random depends on seed, epoch and item alone, whichever worker asks.
+    ``video_mask`` int64 ``[T]``, ``unreadable`` the number of a clip that this item replaces, or -1. What is random
+    depends on seed, epoch and item alone, whichever worker asks.
 
     Args:
         pairs: clips and captions.
@@ -55,11 +56,14 @@ class TrainingPairs(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"expected an item from 0 to {len(self) - 1}, got {index}")
+        failed = -1
         for step in range(16 if self.skip_unreadable else 1):
+            number = (index + step) % len(self)
             try:
-                return self._item((index + step) % len(self))
+                return {**self._item(number), "unreadable": torch.tensor(failed)}
             except VideoError as error:
                 last = error
+                failed = self.pairs.owner[number] if self.expand else number
         raise last
 
     def _item(self, index: int) -> dict[str, Tensor]:

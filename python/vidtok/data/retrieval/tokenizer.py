@@ -71,7 +71,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
         ValueError: when there is none, or it does not load.
     """
     # The fast one: the other takes accents off where ftfy is not installed, and is slow.
-    from transformers import CLIPTokenizerFast
+    from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]
 
     place = Path(folder)
     if place.is_file() and place.name != _OPENAI:
