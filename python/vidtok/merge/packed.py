@@ -68,6 +68,8 @@ class PackedRun(Run):
         owner = self.owner[index]
         return x if owner is None or x.shape[0] == self.tokens[0] else x.index_select(0, owner)
 
+    # A compiled tower breaks its graph where borders are read and tokens merge: only the data knows the sizes.
+    @torch.compiler.disable
     def arguments(self, index: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the tower hands to block ``index``, for the tokens that are left."""
         borders, anchor = self._borders(index, kwargs["cu_seqlens"]), self.anchor[index]
@@ -142,6 +144,7 @@ class PackedStep(Step):
         form = attention.choose(self.run.options.form, q.device, flash)
         return attention.FORMS[form](attend, q, k, v, size[None, start : self.at], mask, scale)
 
+    @torch.compiler.disable
     def merge(self, x: Tensor) -> Tensor:
         """``[N, C]`` with the most similar pairs of every segment merged."""
         run, i = self.run, self.index
@@ -232,6 +235,7 @@ class PackedMerging(Merging):
         self._cu_seqlens = kwargs["cu_seqlens"]
         return super().enter(index, args, kwargs)
 
+    @torch.compiler.disable
     def begin(self, x: Tensor, real: Tensor | None = None) -> Run:
         """The run of a pass whose first block gets ``x`` ``[N, C]``."""
         return PackedRun(self.options, self.layers, self._cu_seqlens, self.prefix + int(self.options.protected))

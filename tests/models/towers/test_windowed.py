@@ -299,6 +299,29 @@ def test_a_failed_call_leaves_nothing_behind(kind):
         assert torch.equal(a, b)
 
 
+def test_half_precision():
+    own = tower(make("qwen2_vl"))
+    pixels, grid = inputs()
+    with torch.no_grad():
+        with vidtok.attach(own, vision="tome:r=3"):
+            want = outputs(own, pixels, grid)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert close([x.float() for x in outputs(own, pixels, grid)], want) < 0.05
+        half = copy.deepcopy(own).bfloat16()
+        for form in ("mask", "channel"):
+            with vidtok.attach(half, vision=f"tome:r=3,form={form}"):
+                assert close([x.float() for x in outputs(half, pixels.bfloat16(), grid)], want) < 0.05
+
+
+@pytest.mark.slow
+def test_compiled():
+    own = tower(make("qwen2_5_vl"))
+    with torch.no_grad(), vidtok.attach(own, vision="tome:r=3"):
+        want = outputs(own, *inputs())
+        got = outputs(torch.compile(own, backend="eager"), *inputs())
+    assert close(got, want) <= 1e-6
+
+
 def test_recorded_states_are_full():
     if tiny.VERSION[0] < 5:
         return
