@@ -213,6 +213,14 @@ def test_merges() -> None:
         (["--train_csv", "absent.csv"], "1 of 1 missing"),
         (["--resume", "nowhere"], "a checkpoint folder"),
         (["--lr", "fast"], "'--lr'"),
+        (["--lr", "1e300"], "lr of at least 0 and at most 1e15"),
+        (["--seed", str(2**70)], "a seed from 0"),
+        (["--max_frames", str(2**70)], "count of at least 1 and at most 65536"),
+        (["--image_size", "100000"], "size of at least 1 and at most 8192"),
+        (["--frame_cache_gb", "nan"], "--frame_cache_gb above 0"),
+        (["--frame_cache", "a\0b"], "--frame_cache of at most 4096 characters without NUL"),
+        (["--output_dir", ""], "expected --output_dir, got none"),
+        (["--video_backend", "vlc"], "--video_backend among auto, decord, pyav"),
     ],
 )
 def test_bad_input_costs_one_sentence(

@@ -15,6 +15,7 @@ from vidtok.cli.retrieval_model import build, check_fit, locate, merges, save
 from vidtok.cli.retrieval_options import RetrievalOptions
 from vidtok.cli.talk import Talk
 from vidtok.data import VideoError
+from vidtok.data._decode import BACKENDS
 from vidtok.data.retrieval import (
     EvaluationClips,
     FrameCache,
@@ -119,12 +120,20 @@ def _preset(options: RetrievalOptions) -> RetrievalOptions:
 def _check(options: RetrievalOptions) -> None:
     if not options.do_train and not options.do_eval:
         raise InputError("expected --do_train 1 or --do_eval 1, got neither")
-    for name in ("data_path", "features_path"):
+    for name in ("data_path", "features_path", "output_dir"):
         if not getattr(options, name):
             raise InputError(f"expected --{name}, got none")
+    for name, value in vars(options).items():
+        if isinstance(value, str) and ("\0" in value or len(value) > 4096):
+            raise InputError(
+                f"expected --{name} of at most 4096 characters without NUL, got {one_line(repr(value), 40)}"
+            )
+    if not 0 < options.frame_cache_gb < 1e9:
+        raise InputError(f"expected --frame_cache_gb above 0 and below 1e9, got {options.frame_cache_gb}")
     for name, known in (
         ("gallery", GALLERIES),
         ("device", ("auto", "cpu")),
+        ("video_backend", BACKENDS),
         ("split", ("test", "val")),
         ("slice_framepos", range(len(POSITIONS))),
         ("train_frame_order", range(len(ORDERS))),

@@ -52,12 +52,15 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("lr", "coef_lr", "weight_decay", "clip"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                fail(f"{name} of at least 0", f"{value}")
+            # Products of two of these are held in float32.
+            if not 0 <= value <= 1e15:
+                fail(f"{name} of at least 0 and at most 1e15", f"{value}")
         for name in ("epochs", "batch_size", "accumulation"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 fail(f"{name} as a whole number of at least 1", f"{value!r}")
+        if not 0 <= self.seed < 2**63:
+            fail("a seed from 0 to 2**63 - 1", f"{self.seed}")
         if not 0 <= self.warmup <= 1:
             fail("a warmup between 0 and 1", f"{self.warmup}")
         if self.amp not in AMP:

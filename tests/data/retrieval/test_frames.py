@@ -141,7 +141,7 @@ def test_what_does_not_decode(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"count": 0}, "count of at least 1, got 0"),
+        ({"count": 0}, "count of at least 1 and at most 65536, got 0"),
         ({"size": -1}, "size of at least 1"),
         ({"order": "up"}, "order among"),
         ({"rate": float("nan")}, "a positive rate"),

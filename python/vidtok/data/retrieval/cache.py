@@ -134,6 +134,8 @@ class FrameCache:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(_MAGIC + len(text).to_bytes(8, "little") + text + data)
+            # Others may read a cache that is shared; mkstemp gives files to their writer alone.
+            os.chmod(name, 0o644)
             # Of two writers the later one's frames stay, whole.
             os.replace(name, path)
         except BaseException:

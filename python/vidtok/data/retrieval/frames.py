@@ -98,9 +98,9 @@ class FrameRule:
     rate: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("count", "size"):
-            if getattr(self, name) < 1:
-                fail(f"{name} of at least 1", f"{getattr(self, name)}")
+        for name, most in (("count", 65536), ("size", 8192)):
+            if not 1 <= getattr(self, name) <= most:
+                fail(f"{name} of at least 1 and at most {most}", f"{getattr(self, name)}")
         for name, known in (("position", POSITIONS), ("order", ORDERS)):
             if getattr(self, name) not in known:
                 fail(f"{name} among {', '.join(known)}", repr(getattr(self, name)))
