@@ -16,8 +16,8 @@ from bench.accuracy.ways import WAYS, attach, halved
 from bench.row import commit
 
 # Patches away after every block, and blocks after which the grid halves, which pooling can do too.
-EVEN = (2, 4, 5, 6, 7)
-HALVING = ((3,), (2,), (0,), (2, 3), (0, 1), (0, 1, 2))
+EVEN = (2, 4, 5, 6, 7, 8)
+HALVING = ((3,), (2,), (0,), (2, 3), (0, 1), (0, 1, 2), (0, 1, 2, 3))
 
 
 def schedules(side: int, blocks: int) -> list[tuple[list[int], bool]]:

@@ -75,7 +75,8 @@ def verdict(ours: Line, others: list[Line]) -> str:
     best = max(others, key=lambda line: line.mean)
     difference, half = interval(ours, best)
     name = WAYS[best.way]
-    text = f"{difference:+.1f} ± {half:.1f}"
+    # No minus before a zero.
+    text = f"{round(difference, 1) + 0.0:+.1f} ± {half:.1f}"
     if abs(difference) <= half:
         return f"tie with {name} ({text})"
     return f"ToMe ahead of {name} ({text})" if difference > 0 else f"**{name} ahead** ({text})"
@@ -94,18 +95,29 @@ def table(lines: list[Line]) -> list[str]:
     for line in lines:
         schedules.setdefault(line.schedule, {})[line.way] = line
     out = [
-        "| patches left after the blocks | " + " | ".join(WAYS.values()) + " | ToMe against the best other way |",
-        "|---|" + "--:|" * len(WAYS) + "---|",
+        "| patches left after the blocks | "
+        + " | ".join(WAYS.values())
+        + " | ToMe against pooling | ToMe against dropping |",
+        "|---|" + "--:|" * len(WAYS) + "---|---|",
     ]
     for schedule, ways in schedules.items():
         if schedule == "none":
             continue
         first = next(iter(ways.values()))
         best = max(line.mean for line in ways.values())
-        others = [line for way, line in ways.items() if not way.startswith("tome")]
+        others = [[ways[w] for w in kind if w in ways] for kind in (("pool", "pool-sized"), ("uniform", "random"))]
+        said = " | ".join(verdict(ways["tome"], part) if part else "" for part in others)
         cells = [_cell(ways.get(way), best) for way in WAYS]
-        out.append(f"| {first.tokens} | " + " | ".join(cells) + f" | {verdict(ways['tome'], others)} |")
+        out.append(f"| {first.tokens} | " + " | ".join(cells) + f" | {said} |")
     return out
+
+
+def tally(rows: list[str], column: int) -> str:
+    """How often merging is ahead, level and behind in a column of the table."""
+    said = [row.split("|")[column].strip() for row in rows[2:]]
+    ahead, level = sum(t.startswith("ToMe") for t in said), sum(t.startswith("tie") for t in said)
+    behind = sum(t.startswith("**") for t in said)
+    return f"merging is ahead in {ahead} rows, level in {level} and behind in {behind}"
 
 
 def block(path: Path = CSV) -> str:
@@ -123,9 +135,12 @@ def block(path: Path = CSV) -> str:
         "",
         "Every way of a row leaves the same number of patches after every block, between its attention and its MLP, so "
         "tokens per block and final tokens are equal; the class token always stays. Pooling halves a grid, so it "
-        "is only there where a schedule halves. ± of the last column is the 95 % interval of the paired "
-        "difference over the seeds; a difference inside it is called a tie.",
+        "is only there where a schedule halves. The last columns are ToMe less the better of the two kinds of pooling "
+        "and of dropping, with the 95 % interval of the paired difference over the seeds (Student's t); a difference "
+        "inside it is called a tie.",
         "",
-        *table(lines),
+        *(rows := table(lines)),
+        "",
+        *(f"Against {kind} {tally(rows, column)}." for kind, column in (("pooling", -3), ("dropping", -2))),
     ]
     return "\n".join(text) + "\n"

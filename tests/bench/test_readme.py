@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -75,3 +76,10 @@ def test_pictures_read_only_the_csv(table: Path) -> None:
     made = plots.draw(table)
     assert [p.name for p in made] == ["cpu-x-limit.png", "cpu-x-speedup.png"]
     assert all(p.stat().st_size > 5000 for p in made)
+
+
+@pytest.mark.parametrize("part", ["accuracy.results", "retrieval"])
+def test_readme_says_what_was_measured_here(part: str) -> None:
+    module = importlib.import_module(f"bench.{part}")
+    text = (ROOT / "README.md").read_text()
+    assert readme.filled(text, module.block(), module.MARKS) == text
