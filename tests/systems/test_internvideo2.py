@@ -303,6 +303,7 @@ def wrapped(state: dict[str, Tensor]) -> dict:
     extra = {
         "text_encoder.embeddings.weight": torch.zeros(2), "temp": torch.zeros(()), "vision_proj.weight": torch.zeros(2),
         "vision_encoder.clip_decoder.0.head.weight": torch.zeros(2), "vision_encoder.clip_pos_embed": torch.zeros(2),
+        "clip_teacher.patch_embed.proj.weight": torch.zeros(2),
         "vision_encoder.final_clip_decoder.norm.bias": torch.zeros(2),
     }  # fmt: skip
     return {"module": {**{f"vision_encoder.{key}": value for key, value in state.items()}, **extra}}

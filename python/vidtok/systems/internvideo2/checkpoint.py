@@ -37,6 +37,9 @@ def _own(state: Mapping[str, Any]) -> dict[str, Tensor]:
         if isinstance(state.get(name), Mapping):
             return _own(state[name])
     marks = [key for key in state if key == _MARK or key.endswith("." + _MARK)]
+    # Teachers and momentum copies may be in a whole model as well.
+    named = [key for key in marks if key.endswith("vision_encoder." + _MARK)]
+    marks = named if len(named) == 1 else marks
     if len(marks) != 1:
         _check.fail(f"a state dict with one {_MARK}", f"{len(marks)} among {len(state)} keys")
     prefix = marks[0][: -len(_MARK)]
