@@ -33,6 +33,9 @@ class TokenReduction(TrainerCallback):
             Trainer(model, args, train_dataset=..., callbacks=[reduction]).train()
 
     Args:
+        vision: token merging inside the vision tower, as in :func:`vidtok.attach`, also of models without a language
+            model; frame positions (``handle.vision[0].positions``) are no parameters of the model, so that the
+            optimizer has to be given them.
         visual: reduction at the input of the language model, as in :func:`vidtok.attach`.
         decoder: reduction inside the decoder, as in :func:`vidtok.attach`.
         position: ``"keep"`` or ``"renumber"``.
@@ -51,11 +54,18 @@ class TokenReduction(TrainerCallback):
     """
 
     def __init__(
-        self, *, visual: Any = None, decoder: Any = None, position: str = "keep", log: bool = False, **options: Any
+        self,
+        *,
+        vision: Any = None,
+        visual: Any = None,
+        decoder: Any = None,
+        position: str = "keep",
+        log: bool = False,
+        **options: Any,
     ) -> None:
-        if visual is None and decoder is None and not any(v is not None for v in options.values()):
-            raise ValueError("expected visual= or decoder= to name a reduction, got neither")
-        self.options = {"visual": visual, "decoder": decoder, "position": position, **options}
+        if not any(v is not None for v in (vision, visual, decoder, *options.values())):
+            raise ValueError("expected vision=, visual= or decoder= to name a reduction, got none of them")
+        self.options = {"vision": vision, "visual": visual, "decoder": decoder, "position": position, **options}
         self.log = log
         self.handle: Handle | None = None
         self._training: _Running | None = None
@@ -93,7 +103,8 @@ class TokenReduction(TrainerCallback):
             _check.fail(
                 "one process per GPU (torchrun or accelerate launch)", f"nn.DataParallel over {args.n_gpu} GPUs"
             )
-        if getattr(args, "label_smoothing_factor", 0):
+        shortens = self.options["visual"] is not None or self.options["decoder"] is not None
+        if getattr(args, "label_smoothing_factor", 0) and shortens:
             _check.fail(
                 "label_smoothing_factor=0, because smoothing takes labels of the whole rows to logits of reduced ones",
                 str(args.label_smoothing_factor),
