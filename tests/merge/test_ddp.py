@@ -29,6 +29,9 @@ rank = dist.get_rank()
 for spec in {specs!r}:
     model, handle = make(spec)
     ddp = DistributedDataParallel(Both(model, handle.vision[0]))
+    if not spec.startswith("tempme"):
+        handle.restore()
+        handle = vidtok.attach(ddp, vision=spec)
     # Two backward passes are averaged, the second into what the first left.
     for _ in range(2):
         loss_of(ddp, pixels(8)[4 * rank : 4 * rank + 4]).backward()

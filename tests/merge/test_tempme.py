@@ -47,10 +47,10 @@ def clip(layers: int = 4, **more) -> CLIPVisionModel:
     return sharp(CLIPVisionModel(config))
 
 
-def sharp(model):
+def sharp(model, attention=6.0, others=2.5):
     for name, p in model.named_parameters():
         if p.dim() > 1:
-            p.data *= 6 if "q_proj" in name or "k_proj" in name else 2.5
+            p.data *= attention if "q_proj" in name or "k_proj" in name else others
     return model.eval()
 
 
@@ -128,7 +128,7 @@ def test_a_tower_without_class_token_gives_videos():
     config = SiglipVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=32, patch_size=8
     )
-    model, own = sharp(SiglipVisionModel(config)), options()
+    model, own = sharp(SiglipVisionModel(config), 4.0, 1.5), options()
     with torch.no_grad(), vidtok.attach(model, vision=own) as handle:
         out = model(pixels(4))
         hidden = by_loops(tower(model).encoder.layers, Clips(4, 0), tower(model).embeddings(pixels(4)), own)[0]

@@ -100,7 +100,7 @@ class FrameMerging(Merging):
     def forward(self, block: nn.Module, run: Run, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert isinstance(run, FrameRun)
         for name, value in [*((f"argument {i}", v) for i, v in enumerate(args[1:], 1)), *kwargs.items()]:
-            if isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(torch.is_tensor, value))):
+            if any(isinstance(part, Tensor) and part.dim() for part in (value if _is_several(value) else (value,))):
                 raise ValueError(
                     f"expected blocks of {type(self.tower).__name__} that get their tokens only for merging across "
                     f"frames, got {name} too, which does not join"
@@ -152,6 +152,10 @@ class FrameMerging(Merging):
         if self.output == "full":
             return None if self.run is None else self.run.plan(stop=stop)
         return super().trace(stop)
+
+
+def _is_several(value: object) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def _fixed(count: int) -> int:
