@@ -14,14 +14,9 @@ from vidtok.models.towers._base import Tower
 from vidtok.models.towers._full import _Hook
 from vidtok.models.towers._heads import sizes
 from vidtok.models.towers._override import override
-from vidtok.models.towers.timm import maps
+from vidtok.models.towers.timm import fused, maps
 
 _BLOCKS = ("ResidualAttentionBlock", "CustomResidualAttentionBlock")
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, own: int) -> Tensor:
-    # Both leave the scale to PyTorch, which rounds it its own way; with more channels it must be said.
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=None if q.shape[-1] == own else scale)
 
 
 def attention(attn: Any, x: Tensor, step: Step) -> Tensor:
@@ -35,7 +30,7 @@ def attention(attn: Any, x: Tensor, step: Step) -> Tensor:
         dropout = attn.dropout
     else:
         q, k, dropout = attn.ln_q(q), attn.ln_k(k), attn.attn_drop.p
-    attend = partial(_sdpa, dropout=dropout if attn.training else 0.0, own=q.shape[-1])
+    attend = partial(fused, dropout=dropout if attn.training else 0.0, width=q.shape[-1])
     out = step.attention(q, k, v, attend=attend)
     if isinstance(attn, nn.MultiheadAttention):
         return attn.out_proj(out.transpose(1, 2).flatten(2))

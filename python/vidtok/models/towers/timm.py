@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidtok.merge.attention import in_products, products
 from vidtok.merge.run import Step, weighted_mean
 from vidtok.models.towers._base import Tower
 from vidtok.models.towers._heads import sizes
@@ -60,6 +61,14 @@ def placed(rope: Tensor, place: Tensor) -> Tensor:
     return rope.expand(place.shape[0], -1, -1, -1).gather(2, index)
 
 
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, width: int) -> Tensor:
+    """Fused attention as libraries call it: they leave the scale of ``width`` channels to PyTorch, which rounds it."""
+    if mask is not None and dropout == 0 and in_products(q, k, v, mask):
+        return products(q, k, v, mask, scale)
+    own = None if q.shape[-1] == width else scale
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=own)
+
+
 def attention(attn: Any, x: Tensor, step: Step, mask: Any = None, is_causal: bool = False, rope: Any = None) -> Tensor:
     """timm's attention modules, whose keys weigh by size."""
     if is_causal:
@@ -79,9 +88,7 @@ def attention(attn: Any, x: Tensor, step: Step, mask: Any = None, is_causal: boo
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         if attn.fused_attn:
-            # timm leaves the scale to PyTorch, which rounds it its own way; with more channels it must be said.
-            own = None if q.shape[-1] == attn.head_dim else scale
-            return F.scaled_dot_product_attention(q, k, v, mask, attn.attn_drop.p if attn.training else 0.0, scale=own)
+            return fused(q, k, v, mask, scale, attn.attn_drop.p if attn.training else 0.0, attn.head_dim)
         weight = (q * scale) @ k.transpose(-2, -1)
         if mask is not None:
             weight = weight.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else weight + mask
