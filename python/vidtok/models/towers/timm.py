@@ -104,8 +104,6 @@ def attention(attn: Any, x: Tensor, step: Step, mask: Any = None, is_causal: boo
 class TimmBlock:
     """Pre-norm blocks, post-norm blocks and their EVA kinds, whose layer scale is a parameter."""
 
-    follow = True
-
     def real(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         mask = kwargs.get("attn_mask", next((a for a in args if isinstance(a, Tensor) and a.dim() == 4), None))
         if mask is not None and mask.dim() != 4:
@@ -129,6 +127,12 @@ class TimmBlock:
         if type(block).__name__ in _AFTER:
             return x + block.drop_path2(block.norm2(block.mlp(x)))
         return x + block.drop_path2(_scaled(block, 2, block.mlp(block.norm2(x))))
+
+
+class EvaBlock(TimmBlock):
+    """Blocks that may rotate queries and keys; a merged token is rotated as its destination is."""
+
+    follow = True
 
 
 def _scaled(block: Any, half: int, x: Tensor) -> Tensor:
@@ -204,15 +208,9 @@ def _none(block: nn.Module) -> list[nn.Module]:
     return []
 
 
+_EXTRAS = (_fits, _pool)
+
 FAMILIES = (
-    Tower(
-        "timm",
-        ("VisionTransformer", "Eva"),
-        ("blocks",),
-        TimmBlock(),
-        _none,
-        _prefix,
-        extras=(_fits, _pool),
-        package="timm",
-    ),
+    Tower("timm", ("VisionTransformer",), ("blocks",), TimmBlock(), _none, _prefix, extras=_EXTRAS, package="timm"),
+    Tower("timm_eva", ("Eva",), ("blocks",), EvaBlock(), _none, _prefix, extras=_EXTRAS, package="timm"),
 )
