@@ -6,7 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import vidtok
 from tests.merge.own_vit import Own, attend, feed
@@ -227,6 +234,44 @@ def test_full_gives_each_token_its_copy():
         seen += members
         assert all(torch.equal(flat[member], row) for member in members)
     assert sorted(seen) == list(range(8 * TOKENS))
+
+
+@pytest.mark.parametrize("counts", [[4, 4], [5, 3]])
+def test_recorded_states_hold_every_frame(counts):
+    model, own = clip(), options(output="full")
+    with torch.no_grad(), vidtok.attach(model, vision=own) as handle, handle.vision[0].frames(counts):
+        out = model(pixels(8), output_hidden_states=True)
+    with torch.no_grad():
+        plain = model(pixels(8), output_hidden_states=True)
+    assert [tuple(x.shape) for x in out.hidden_states] == [(8, TOKENS, 32)] * 5
+    assert torch.equal(out.hidden_states[0], plain.hidden_states[0])
+    assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
+    # Frame after frame its own: what entered the second block is near what enters it unmerged.
+    near = [[(a - b).norm() for b in plain.hidden_states[1]] for a in out.hidden_states[1]]
+    assert [min(range(8), key=row.__getitem__) for row in near] == list(range(8))
+
+
+def test_joins_without_merges_only_move_tokens():
+    own = options(r=0, cross=0.0, intra=0.0, output="full")
+    with torch.no_grad(), put(Own(), own) as merging:
+        out = merging.tower(frames(8))
+        plan = merging.trace()
+    assert plan.num_out == plan.num_in == 8 * TOKENS and out.shape == (8, TOKENS, 32)
+    (want,) = (c for c in by_loops(Own().stages["blocks"], Mine(), frames(4), own))
+    with torch.no_grad(), put(Own(), options(r=0, cross=0.0, intra=0.0)) as merging:
+        assert close(merging.tower(frames(4))[:, 0], want.x[:4])
+    # Patches lie behind the four class tokens, frame after frame.
+    with torch.no_grad(), put(Own(), own) as merging:
+        assert close(merging.tower(frames(4))[:, 1:].flatten(0, 1), want.x[4:])
+
+
+def test_a_head_that_pools_patches_gets_those_of_each_frame():
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config={**vision, "num_hidden_layers": 4}, text_config=text, num_labels=3)
+    model = CLIPForImageClassification(config).eval()
+    with torch.no_grad(), vidtok.attach(model, vision=SMALL) as handle:
+        assert model(pixels(8)).logits.shape == (8, 3) and handle.vision[0].output == "full"
 
 
 def test_the_trace_holds_the_sizes_across_joins():

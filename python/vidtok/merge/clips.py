@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vidtok import ops
 from vidtok.merge import attention
-from vidtok.merge.run import Run, Step
+from vidtok.merge.run import Run, Step, unmerge
 from vidtok.merge.tempme import Clips, Level, TempMe
 from vidtok.plan import Plan, offsets
 
@@ -38,6 +38,13 @@ class FrameRun(Run):
 
     def step(self, index: int) -> FrameStep:
         return FrameStep(self, index)
+
+    def full(self, index: int, x: Tensor) -> Tensor:
+        """What enters block ``index`` at the tokens of every frame, ``[videos * frames, T, C]``."""
+        plan, tokens = self.plan(stop=index), self.tokens[0]
+        if plan is None or tuple(x.shape[:2]) == (self.batch, tokens):
+            return x
+        return unmerge(plan, x.flatten(0, 1)).view(-1, tokens, x.shape[-1])
 
     def by_video(self, plan: Plan, tokens: tuple[int, int], clips: tuple[Clips, Clips], videos: int) -> Plan:
         """``plan`` with a video as a sequence: ``clips`` of ``tokens`` each come in and go out."""

@@ -14,10 +14,9 @@ from vidtok import _check
 from vidtok.merge.attach import Merging
 from vidtok.merge.block import Halves
 from vidtok.merge.clips import FrameRun
-from vidtok.merge.run import Run, unmerge
+from vidtok.merge.run import Run
 from vidtok.merge.schedule import _is_int
 from vidtok.merge.tempme import Clips, TempMe
-from vidtok.plan import Plan
 
 
 class FramePositions(nn.Module):
@@ -58,8 +57,13 @@ class FrameMerging(Merging):
             counts = [cast(int, levels[layer].clips) for layer in options.merge_layers]
             self.positions = FramePositions(counts, _width(tower, blocks[0]), next(tower.parameters()))
         super().__init__(tower, blocks, halves, cast(Any, options), prefix, output == "full")
-        self.output = output
+        self._output = output
         self._frames: Clips = options.frames
+
+    @property
+    def output(self) -> str:
+        """What leaves the tower: ``frames``, ``video`` or ``full``; see :class:`TempMe`."""
+        return "full" if self.full_length else self._output
 
     @contextmanager
     def frames(self, frames: int | Sequence[int]) -> Iterator[FrameMerging]:
@@ -91,7 +95,7 @@ class FrameMerging(Merging):
             whole = f"whole videos of {frames} frames" if isinstance(frames, int) else f"{sum(frames)} frames"
             _check.fail(f"a batch of {whole} (merging.frames() names others)", f"{rows} rows")
         options = self.options
-        keep = options.trace or self.output == "full"
+        keep = options.trace or self.full_length
         levels = options.levels(self.layers, frames, tokens, min(self.prefix + options.protected, tokens))
         run = FrameRun(options, levels, frames, keep)
         run.tokens[0] = tokens
@@ -121,10 +125,10 @@ class FrameMerging(Merging):
     def leave(self, run: Run, x: Tensor) -> Tensor:
         """What the tower gives of the last block's ``[clips, T', C]``."""
         assert isinstance(run, FrameRun)
-        if self.output == "video":
+        if self.full_length:
+            return run.full(self.layers, x)
+        if self._output == "video":
             return x
-        if self.output == "full":
-            return self._unmerged(run, x)
         level = run.levels[-1]
         each, clips, frames = level.prefix // level.frames, level.clips_out, run.frames
         x = x[:, : level.prefix].reshape(-1, each, x.shape[-1])
@@ -136,22 +140,12 @@ class FrameMerging(Merging):
         rows = [start + i for start, count in zip(starts, frames, strict=False) for i in range(count)]
         return x.index_select(0, torch.tensor(rows, device=x.device))
 
-    def _unmerged(self, run: FrameRun, y: Tensor) -> Tensor:
-        plan, tokens = run.plan(), run.tokens[0]
-        return y if plan is None else unmerge(plan, y.flatten(0, 1)).view(-1, tokens, y.shape[-1])
-
     def unmerge(self, y: Tensor) -> Tensor:
         """``[clips, T', C]`` of the last pass at the tokens of every frame, ``[videos * frames, T, C]``."""
         self.trace()
-        if not isinstance(self.run, FrameRun):
+        if self.run is None:
             raise ValueError("expected a forward pass before unmerge, got none")
-        return self._unmerged(self.run, y)
-
-    def trace(self, stop: int | None = None) -> Plan | None:
-        """The plan, a video being a sequence, from the tokens of all frames to those after block ``stop``."""
-        if self.output == "full":
-            return None if self.run is None else self.run.plan(stop=stop)
-        return super().trace(stop)
+        return self.run.full(self.layers, y)
 
 
 def _is_several(value: object) -> bool:

@@ -43,6 +43,10 @@ class Run:
                 plan = step if plan is None else plan.compose(step, partition=True)
         return plan
 
+    def full(self, index: int, x: Tensor) -> Tensor:
+        """What enters block ``index``, a copy for every token that was merged."""
+        return x if x.shape[-2] == self.tokens[0] else unmerge(self.plan(stop=index), x)
+
 
 class Step:
     """One block of a run: its attention half reports keys here, and tokens merge after it.

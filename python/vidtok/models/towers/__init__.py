@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vidtok.merge.attach import Merging
-from vidtok.merge.frames import kind_of
+from vidtok.merge.frames import FrameMerging, kind_of
 from vidtok.merge.options import ToMe
 from vidtok.models import families, versions
 from vidtok.models.towers import (
@@ -87,6 +87,9 @@ def merge(
     dense = any(name & set(family.dense) for name in (*names, {type(tower).__name__}))
     full_length = full_length or family.full_length or dense
     kind = kind_of(family.kind, options, tower)
+    if kind is FrameMerging and family.prefix(tower):
+        # A mean over patches is one of the frame's own.
+        full_length = full_length or any(name & set(head.models) for name in names for head in family.heads)
     merging = kind(tower, blocks, family.halves, options, family.prefix(tower), full_length)
     undo: list[Callable[[], None]] = []
     try:

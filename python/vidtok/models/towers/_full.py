@@ -8,8 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from vidtok.merge.attach import Merging
-from vidtok.merge.packed import PackedRun
-from vidtok.merge.run import unmerge
 
 
 def _inert(*args: Any) -> None:
@@ -38,10 +36,7 @@ class _Hook:
 
 def _full(merging: Merging, index: int, x: Tensor) -> Tensor:
     """What enters block ``index``, with every token of the tower."""
-    run = merging.run
-    if run is None or x.shape[-2] == run.tokens[0]:
-        return x
-    return run.full(index, x) if isinstance(run, PackedRun) else unmerge(run.plan(stop=index), x)
+    return x if merging.run is None else merging.run.full(index, x)
 
 
 def read_after(modules: Sequence[nn.Module], layers: Sequence[int], merging: Merging) -> Callable[[], None]:
