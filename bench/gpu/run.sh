@@ -104,7 +104,7 @@ done
 wait
 [ -n "${DRY:-}" ] || stage "tune" 90 "$python" -m vidtok tune --minutes 1 --out "$out/tuning.json"
 if "$python" -c "import transformers" 2>/dev/null; then
-  stage "vision" 70 "$python" -m bench.vision --device "$where" ${dry[@]+--tiny} --out "$out/vision.csv"
+  stage "vision" 90 "$python" -m bench.vision --device "$where" ${dry[@]+--tiny} --out "$out/vision.csv"
 fi
 for tool in memcheck racecheck; do
   command -v compute-sanitizer >/dev/null && [ -z "${DRY:-}" ] || break
