@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vidtok
 from tests.merge.reference import attention, merge
+from vidtok.models.towers import _attention
 
 LAYERS, HEADS, WIDTH = 4, 4, 64
 
@@ -181,3 +183,10 @@ def test_one_graph():
         want = model(pixels()).last_hidden_state
         got = torch.compile(model, fullgraph=True)(pixels()).last_hidden_state
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_names_of_attention_functions_are_plain():
+    """Compiled code looks into the registry, and cannot where a key hashes in a way of its own."""
+    name = _attention.register("flash_attention_2")
+    assert name == "flash_attention_2" and name in ALL_ATTENTION_FUNCTIONS
+    assert {type(key) for key in ALL_ATTENTION_FUNCTIONS} == {str}

@@ -76,12 +76,11 @@ class _Name(str):
 def register(implementation: str) -> str:
     """The name of ``implementation`` with sizes, which is there from now on."""
     name = _PREFIX + implementation
-    if "flash" in implementation:
-        # Towers of transformers 4 compare the name with "flash_attention_2".
-        name = _Name(name)
+    # Compiled code cannot look into a registry whose keys hash in a way of their own.
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, sized_attention)
-    return name
+    # Towers of transformers 4 compare the name with "flash_attention_2".
+    return _Name(name) if "flash" in implementation else name
 
 
 def _base(module: Any, implementation: str) -> Callable[..., Any]:
