@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import vidtok
 from tests.merge import reference
@@ -277,3 +278,44 @@ def test_attend_without_merges_changes_no_gradient():
     want = gradients(model, model(tokens()).square().mean())
     with attach_any(model, "tome:r=0", blocks="stages.blocks", halves=(attend, feed)):
         assert same(gradients(model, model(tokens()).square().mean()), want)
+
+
+# ------------------------------------------------------------------ memory
+def kept_bytes(model, images) -> int:
+    """Bytes of the storages that autograd keeps, those of parameters and of the images apart."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), images)}
+    seen = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes(), storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(images).pooler_output
+    total = sum(size for size, _ in seen.values())
+    del out
+    return total
+
+
+@pytest.mark.parametrize(
+    "vision", ["tome:r=24", "tempme:frames=4,r=24,merge_layers=[2,3],merge_frames=[2,2],cross=0.4"]
+)
+def test_what_is_kept_falls_with_the_tokens(vision):
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=6, num_attention_heads=1, image_size=56, patch_size=4
+    )
+    model, images = CLIPVisionModel(config).train(), torch.randn(4, 3, 56, 56)
+    plain = kept_bytes(model, images)
+    with vidtok.attach(model, vision=vision) as handle:
+        kept = kept_bytes(model, images)
+        blocks = handle.report().vision[0].blocks
+    whole = 4 * 197 * len(blocks)
+    attended, fed = (sum(getattr(b, name) for b in blocks) / whole for name in ("tokens", "merged"))
+    # Attention keeps six numbers a channel (its input, normed, q, k, v, out), the MLP two and three of four times that;
+    # what is in front of the blocks does not fall.
+    expected = (6 * attended + 14 * fed) / 20
+    assert fed < attended < 0.8
+    assert kept / plain < expected + 0.05
