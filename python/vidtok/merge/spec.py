@@ -77,6 +77,4 @@ def resolve(merge: Any) -> Any:
         return parse(merge)
     if isinstance(merge, tuple(kind for kind, _ in METHODS.values())):
         return merge
-    raise TypeError(
-        f"expected a spec string such as 'tome:r=8', or vidtok.merge.ToMe or TempMe options, got {merge!r}"
-    )
+    raise TypeError(f"expected a spec string such as 'tome:r=8', or vidtok.merge.ToMe or TempMe options, got {merge!r}")
