@@ -155,8 +155,8 @@ class Merging:
     # ------------------------------------------------------------------ afterwards
     @property
     def size(self) -> Tensor | None:
-        """fp32 ``[B, T']``: how many tokens each one stands for after the last block of the last pass."""
-        return None if self.run is None else self.run.size[-1]
+        """fp32 ``[B, T']``: how many tokens each one stands for after the last block that ran in the last pass."""
+        return None if self.run is None else self.run.size[self.run.next]
 
     def trace(self, stop: int | None = None) -> Plan | None:
         """The plan from the tokens of the tower to those after block ``stop`` (all of them), with ``trace=True``."""

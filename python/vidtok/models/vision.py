@@ -55,7 +55,7 @@ class Tower:
         name: class of the tower.
         spec: what merges.
         tokens: tokens that entered the first block, of all sequences.
-        blocks: one per block.
+        blocks: one per block that ran; a tower may stop early.
         seconds: time of the whole tower, None where it was not measured (compiled).
     """
 
@@ -121,7 +121,7 @@ def towers(merges: Sequence[Merging]) -> tuple[Tower, ...]:
 def _tower(merging: Merging) -> Tower:
     run: Any = merging.run
     blocks, first = [], 0
-    for i, block in enumerate(merging.blocks):
+    for i, block in enumerate(merging.blocks[: run.next]):
         attended, whole, compared, left = _sequences(run, i)
         part = _attention(block)
         own, every = _weights(part, None)[0], _weights(block, None)[0]

@@ -33,7 +33,7 @@ def _ends(tower: Any, merging: Any) -> Callable[[], None]:
         return x
 
     def pool(tower: Any, own: Any, x: Tensor) -> Tensor:
-        size = merging.run.size[merging.run.next]
+        size = merging.size
         # Tokens of elsewhere, or all of them, are counted once.
         return own(x) if size is None or size.shape != x.shape[:2] else tower.clip_projector(x, size)
 
