@@ -56,6 +56,17 @@ def test_products_are_as_near_as_fused_attention(monkeypatch):
     assert used
 
 
+def test_products_of_a_row_without_keys():
+    """Padding that fills a row: zeros, as fused attention gives, and the other rows as they are."""
+    (q, k, v), size = parts(torch.bfloat16)
+    mask = size.log().to(q.dtype)[:, None, None].clone()
+    want = attention.products(q, k, v, mask, 0.25)
+    mask[1] = float("-inf")
+    got = attention.products(q, k, v, mask, 0.25)
+    assert torch.equal(got[0], want[0]) and not got[1].any()
+    assert not torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.25)[1].any()
+
+
 def test_products_serve_bf16_without_gradients(monkeypatch):
     monkeypatch.setattr(attention, "_slow_bf16", lambda: True)
     (q, k, v), size = parts(torch.bfloat16)

@@ -89,7 +89,12 @@ def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Ten
     weights = torch.empty_like(scores, dtype=v.dtype)
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     bias = mask[:, 0].float()
+    # Where every key is hidden, fused attention gives zeros, a softmax NaN.
+    hidden = bias.isneginf().all(-1).flatten().tolist()
     for i in range(batch):
+        if hidden[i]:
+            out[i].zero_()
+            continue
         ask, keep = q[i].float(), k[i].float().transpose(1, 2)
         for h in range(0, heads, few):
             part = slice(0, min(few, heads - h))
