@@ -142,13 +142,21 @@ def test_a_block_from_the_end(index):
             tokens, pooled = model(clip(), x_vis_return_idx=index)
             assert len(seen) == LAYERS + index + 1 and torch.equal(tokens, seen[-1])
             if handle is not None:
-                size = handle.vision[0].run.size[LAYERS + index + 1]
-                assert size.shape == tokens.shape[:2]
+                size, (tower,) = handle.vision[0].size, handle.report().vision
+                assert size.shape == tokens.shape[:2] and torch.equal(size.sum(1), torch.full((2,), 17.0))
+                assert len(tower.blocks) == len(seen) and tower.blocks[-1].merged == 2 * tokens.shape[1]
                 for i in range(2):
                     close(pooled[i], pooled_by_loops(model, tokens[i], size[i]))
                 handle.restore()
     with pytest.raises(ValueError, match="expected x_vis_return_idx from -3 to -1, got 0"):
         model(clip(), x_vis_return_idx=0)
+
+
+def test_pool_before_any_pass():
+    model, x = make(), torch.randn(2, 5, WIDTH)
+    want = model.pool(x)
+    with vidtok.attach(model, vision="tome:r=5"):
+        assert torch.equal(model.pool(x), want)
 
 
 def test_every_token_back_after_any_block():
@@ -323,6 +331,15 @@ def test_files_load(tmp_path, suffix):
         assert torch.equal(other(clip()).pooled, model(clip()).pooled)
     with pytest.raises(ValueError, match="expected a file of weights, got none at"):
         internvideo2.load(tmp_path / "missing.pt")
+
+
+def test_a_width_that_its_ratio_rounds_down():
+    """A ratio of two widths times the second may end below the first."""
+    assert int(112 * (488 / 112)) == 487
+    state = make(embed_dim=112, mlp_ratio=488.5 / 112).state_dict()
+    config = internvideo2.read_config(state, num_heads=HEADS, attn_pool_num_heads=4, img_size=28)
+    assert config.hidden == 488
+    internvideo2.load_state_dict(InternVideo2(config), state)
 
 
 def test_keys_that_differ_are_named():

@@ -65,7 +65,8 @@ class InternVideo2Config:
     @property
     def hidden(self) -> int:
         """Channels inside the MLP; 6144 for 1B."""
-        return int(self.embed_dim * self.mlp_ratio)
+        # A ratio that was made of two widths gives the first one back.
+        return int(self.embed_dim * self.mlp_ratio + 1e-6)
 
     @property
     def tokens(self) -> int:
