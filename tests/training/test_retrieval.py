@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState
 from tests.training.retrieval_parts import Each, Small, pairs_of, same, scores, state
 from vidtok.data import VideoError
 from vidtok.data.retrieval import TrainingPairs
+from vidtok.systems.stop import Config
 from vidtok.training import checkpoints as checkpoints_module
 from vidtok.training.retrieval import Recipe, accelerator_for, train
 
@@ -328,3 +329,32 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     half = Recipe(lr=1e-2, coef_lr=1.0, epochs=2, batch_size=4, seed=3)
     lone = state(run(pairs_of(tmp_path), tmp_path / "half", half, Small(0.0)).model)
     assert not torch.allclose(lone["words.weight"], both["words.weight"], rtol=1e-3, atol=1e-5)
+
+
+def test_checkpoints_of_two_runs_do_not_mix(data: TrainingPairs, tmp_path: Path) -> None:
+    whole = run(data, tmp_path / "whole", save_steps=3)
+    with pytest.raises(ValueError, match=r"without checkpoints of another run .*step_00000016\), got 2 in"):
+        run(data, tmp_path / "whole")
+    run(data, tmp_path / "other", stop_after=4)
+    with pytest.raises(ValueError, match="without checkpoints of another run"):
+        run(data, tmp_path / "whole", resume=tmp_path / "other/checkpoints/step_00000004")
+    # Going back leaves nothing of what was done after it.
+    first = tmp_path / "whole/checkpoints/step_00000015"
+    again = run(data, tmp_path / "whole", resume=first, stop_after=1)
+    assert again.steps == 16 and same(state(whole.model), state(again.model))
+    run(data, tmp_path / "other", resume="auto")
+    back = run(data, tmp_path / "other", resume=tmp_path / "other/checkpoints/step_00000012", stop_after=2)
+    assert back.steps == 14
+    assert sorted(p.name for p in (tmp_path / "other/checkpoints").iterdir()) == ["step_00000012", "step_00000014"]
+
+
+def test_the_settings_of_the_model_are_those_of_the_checkpoint(data: TrainingPairs, tmp_path: Path) -> None:
+    def model(**settings: Any) -> Small:
+        small = Small()
+        small.config = Config(**settings)  # type: ignore[assignment]
+        return small
+
+    run(data, tmp_path, model=model(tome_r=2), stop_after=4)
+    with pytest.raises(ValueError, match=r"the same settings .*got tome_r 2 instead of 4$"):
+        run(data, tmp_path, model=model(tome_r=4), resume="auto")
+    assert run(data, tmp_path, model=model(tome_r=2, tome_trace_source=True), resume="auto").steps == 16

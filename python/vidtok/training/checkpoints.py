@@ -50,7 +50,10 @@ class Checkpoints:
             (partial / _FACTS).write_text(json.dumps({"steps": steps, "settings": self.facts}), encoding="utf-8")
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
-            for old in self.all()[: -self.keep]:
+            known = self.all()
+            # Training went back: what it did after this step the first time is no part of it now.
+            ahead = [p for p in known if int(p.name[5:]) > steps]
+            for old in [*known[: len(known) - len(ahead)][: -self.keep], *ahead]:
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         return target
@@ -59,15 +62,19 @@ class Checkpoints:
         """Go on from a checkpoint folder or from ``auto``, the newest one; returns the steps that were done.
 
         Raises:
-            ValueError: for a folder that is none, or whose settings differ, with the differences named.
+            ValueError: for a folder that is none, or whose settings differ, with the differences named; for a run that
+                would put its checkpoints among those of another.
         """
+        known = self.all()
+        if str(which) == "auto":
+            which = known[-1] if known else None
+        if known and (which is None or Path(which).resolve().parent != self.folder.resolve()):
+            fail(
+                f"an output folder without checkpoints of another run (resume auto goes on from {known[-1].name})",
+                f"{len(known)} in {shown(str(self.folder))}",
+            )
         if which is None:
             return 0
-        if str(which) == "auto":
-            known = self.all()
-            if not known:
-                return 0
-            which = known[-1]
         place = Path(which)
         try:
             said = json.loads((place / _FACTS).read_text(encoding="utf-8"))

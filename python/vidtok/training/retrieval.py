@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from vidtok.training.checkpoints import Checkpoints
 from vidtok.training.records import Records
 
 AMP = ("no", "bf16", "fp16")
+# Settings of a model that change nothing of what it learns.
+_NO_MATTER = ("tome_trace_source", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ def train(
         notify: called with (steps done, steps in all, loss).
 
     Raises:
-        ValueError: for data smaller than a batch, a checkpoint of another recipe, or a loss that is no number.
+        ValueError: for data smaller than a batch, a checkpoint of another recipe or of other settings of the model, an
+            ``output_dir`` with checkpoints that training does not go on from, or a loss that is no number.
     """
     from transformers import get_cosine_schedule_with_warmup
 
@@ -163,6 +166,7 @@ def train(
     plain_loader = DataLoader(
         data, share, sampler=order, num_workers=workers, drop_last=True, generator=own, pin_memory=False
     )
+    settings = getattr(model, "config", None)
     groups = model.parameter_groups(recipe.lr, recipe.coef_lr, recipe.weight_decay)
     if not any(len(g["params"]) for g in groups):
         fail("a model with weights to train", "one in which all are frozen")
@@ -173,7 +177,10 @@ def train(
     total = per_epoch * recipe.epochs
     schedule = get_cosine_schedule_with_warmup(optimizer.optimizer, round(recipe.warmup * total), total)
     accelerator.register_for_checkpointing(schedule)
-    facts = {**asdict(recipe), "pairs": len(data), "processes": accelerator.num_processes}
+    # What the model merges and which prompts it has are no part of its weights.
+    facts = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else {}
+    facts = {k: v for k, v in facts.items() if k not in _NO_MATTER}
+    facts |= {**asdict(recipe), "pairs": len(data), "processes": accelerator.num_processes}
     facts |= {"frames": describe(data.frames.rule), "expand": data.expand, "max_words": data.words.max_words}
     saved = Checkpoints(Path(output_dir) / "checkpoints", accelerator, facts, keep)
     done = saved.load(resume)
