@@ -82,6 +82,15 @@ def test_msrvtt_without_sentences_takes_all_captions(tmp_path: Path) -> None:
     assert test.owner == (0, 0)
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\x85", "\x0c", "\x1e"])
+def test_only_ends_of_lines_end_rows(tmp_path: Path, end: str) -> None:
+    files = {
+        "MSRVTT_JSFUSION_test.csv": f'video_id,sentence\r\nvideo0,a{end}b\r\nvideo1,"a\nb"\r\n',
+        "MSRVTT_data.json": JSON,
+    }
+    assert READERS["msrvtt"]("test", write(tmp_path, files), None).captions == {"video0": ["a b"], "video1": ["a b"]}
+
+
 def test_msvd(tmp_path: Path) -> None:
     captions = {"-4wsuPCjDBc_5_15": [["a", "squirrel", "eats"], ["a", "chipmunk"]], "other": [["x"]]}
     root = write(tmp_path, {"test_list.txt": "-4wsuPCjDBc_5_15\n\n", "raw-captions.pkl": captions})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import pickle
@@ -63,7 +64,8 @@ def read_lines(path: Path) -> list[str]:
 def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     """The rows of a CSV file whose first line names at least ``columns``."""
     try:
-        reader = csv.DictReader(read_text(path).splitlines(keepends=True))
+        # Lines end where the csv module says: str.splitlines also takes U+2028 and the like inside a caption for ends.
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
         rows = [{str(k): v for k, v in row.items() if isinstance(v, str)} for row in reader]
         header = reader.fieldnames or []
     except csv.Error as error:
