@@ -195,6 +195,13 @@ def test_saved_models_come_back(prompt, tmp_path):
         load(tmp_path, tome_f=0)
 
 
+def test_names_of_the_release_are_those_of_its_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".cache/clip").mkdir(parents=True)
+    torch.save(tiny(seed=0).clip.state_dict(), tmp_path / ".cache/clip/ViT-L-14-336px.pt")
+    assert load("ViT-L/14@336px", vision_heads=4, text_heads=4).sizes.patch == 8
+
+
 def test_names_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -58,7 +58,7 @@ def _locate(name: str) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    own = Path.home() / ".cache" / "clip" / f"{name.replace('/', '-')}.pt"
+    own = Path.home() / ".cache" / "clip" / f"{name.replace('/', '-').replace('@', '-')}.pt"
     if name in NAMES:
         return own if own.exists() else _download(NAMES[name])
     if name.count("/") != 1 or path.is_absolute() or path.suffix in _SUFFIXES:
