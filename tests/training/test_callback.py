@@ -394,7 +394,7 @@ def test_another_attachment_after_an_exception(models, tmp_path):
 def test_what_attach_refuses_is_refused_when_training_begins(models, tmp_path):
     model = fresh(models)
     before = hooks(model)
-    with pytest.raises(ValueError, match="expected visual= or decoder="):
+    with pytest.raises(ValueError, match="expected vision=, visual= or decoder="):
         TokenReduction()
     with pytest.raises(ValueError, match="uniform"):
         trainer(model, tmp_path, [TokenReduction(visual="unfirm:ratio=0.5")]).train()
