@@ -194,6 +194,16 @@ def test_autocast_and_half_precision():
         assert torch.isfinite(got).all() and (got - want).abs().max() < 0.4
 
 
+def test_autocast_leaves_similarities_in_full_precision():
+    model, mask = make("none"), torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
+    width = model.sizes.embed
+    text, frames = torch.randn(3, 1, width), torch.randn(3, 3, width)
+    want, _ = model.get_similarity_logits(text, frames, None, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = model.get_similarity_logits(text, frames, None, mask)
+    assert got.dtype == torch.float32 and torch.equal(got, want)
+
+
 def test_copies_and_pickles():
     model, video = make("DGL"), clips()
     model.set_tome(3, trace_source=True)

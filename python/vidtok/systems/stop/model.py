@@ -61,6 +61,8 @@ class CLIP4Clip(nn.Module):
         self.config = replace(self.config, vision_heads=self.sizes.vision_heads, text_heads=self.sizes.text_heads)
         self.clip = CLIP(self.sizes)
         self.stop = Stop(self.sizes, self.config) if self.config.temporal_prompt != "none" else None
+        #: Whether prompts are there that nothing has trained.
+        self.untrained = self.stop is not None and (weights is None or not weights.prompts)
         if weights is not None:
             weights.load(self.clip, self.stop)
         #: What merges in the vision tower; None merges nothing.
@@ -128,7 +130,8 @@ class CLIP4Clip(nn.Module):
                 if mask.shape != visual.shape[:2]:
                     _check.fail(f"video_mask of shape {list(visual.shape[:2])}", str(list(video_mask.shape)))
                 total = mask.sum(1, keepdim=True)
-                visual = torch.einsum("bte,bt->be", visual, mask) / torch.where(total > 0, total, 1.0)
+                # A sum of products, and no einsum, which autocast takes to half precision.
+                visual = (visual * mask[..., None]).sum(1) / torch.where(total > 0, total, 1.0)
             return F.normalize(visual, dim=-1)
         return visual[:, 0]
 
@@ -196,7 +199,9 @@ class CLIP4Clip(nn.Module):
 
     def _logits(self, sequence: Tensor, pooled: Tensor) -> Tensor:
         text = F.normalize(sequence.reshape(-1, sequence.shape[-1]).float(), dim=-1)
-        return self.clip.logit_scale.float().exp() * text @ pooled.t()
+        # Times a factor of up to 100 differences of similar pairs are below the steps of half precision.
+        with torch.autocast(text.device.type, enabled=False):
+            return self.clip.logit_scale.float().exp() * text @ pooled.float().t()
 
     def forward(
         self,
