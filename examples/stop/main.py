@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse and run; 0, or 2 after one sentence about what is wrong."""
+    """Parse and run; 0, 2 after one sentence about what is wrong, or 130 when stopped from the keyboard."""
     from vidtok.cli.errors import one_line
     from vidtok.cli.retrieval_options import parse
 
@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"main.py: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

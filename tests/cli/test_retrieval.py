@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,15 @@ import torch
 pytest.importorskip("accelerate")
 
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Said
 from tests.data.retrieval.make import msrvtt, tiny_checkpoint
 from vidtok.cli import retrieval
+from vidtok.cli.retrieval_model import check_fit
 from vidtok.cli.retrieval_options import RetrievalOptions, make, parse
+from vidtok.data.retrieval import Words, load_tokenizer
+from vidtok.evaluation import Scores
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = """
@@ -108,12 +113,87 @@ def test_resuming(call: Callable[..., Said], made: dict[str, Path], tmp_path: Pa
     assert said.code == 2 and "seed 42 instead of 7" in said.err and said.err.count("vidtok: ") == 1
 
 
+def test_the_best_epoch_is_that_of_all_parts_of_a_run(
+    call: Callable[..., Said], made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([50.0, 20.0, 60.0, 10.0])
+
+    def evaluate(*_: Any, **__: Any) -> dict[str, Any]:
+        both = Scores(next(found), 0.0, 0.0, 1.0, 1.0, 8)
+        return {"text_to_video": both, "video_to_text": both, "unreadable": []}
+
+    monkeypatch.setattr("vidtok.evaluation.retrieval.evaluate", evaluate)
+
+    def best() -> tuple[float, bytes]:
+        scores = json.loads((tmp_path / "best/metrics.json").read_text())
+        return scores["text_to_video"]["R@1"], (tmp_path / "best/model.safetensors").read_bytes()
+
+    assert call(*training(made, tmp_path, "--epochs", 3, "--stop_after", 2)).code == 0
+    first = best()
+    assert call(*training(made, tmp_path, "--epochs", 3, "--stop_after", 2, "--resume", "auto")).code == 0
+    assert best() == first and first[0] == 50
+    assert call(*training(made, tmp_path, "--epochs", 3, "--resume", "auto")).code == 0
+    assert best()[0] == 60 and best()[1] != first[1]
+    # A run from the beginning owes nothing to the one before it.
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert call(*training(made, tmp_path, "--epochs", 1, "--resume", "auto")).code == 0
+    assert best()[0] == 10
+
+
+def test_prompts_that_nothing_trained_are_told_of(
+    call: Callable[..., Said], made: dict[str, Path], tmp_path: Path
+) -> None:
+    options = ["eval", "retrieval", *common(made, tmp_path), "--max_words", 12, "--pretrained_clip_name"]
+    said = "the prompts of DGL are not trained but random"
+    assert said in " ".join(call(*options, write_clip_alone(made, tmp_path / "clip")).err.split())
+    plain = call(*options, tmp_path / "clip", "--temporal_prompt", "none")
+    assert plain.code == 0 and said not in plain.err
+
+
+def write_clip_alone(made: dict[str, Path], folder: Path) -> Path:
+    """Weights of CLIP without the settings of a retrieval model."""
+    shutil.copytree(made["clip"], folder)
+    state = load_file(folder / "model.safetensors")
+    state = {k.removeprefix("clip."): v for k, v in state.items()}
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").unlink()
+    return folder
+
+
+def test_the_end_of_a_text_is_its_largest_id(made: dict[str, Path]) -> None:
+    words = Words(load_tokenizer(made["tokenizer"]), 12)
+    model = SimpleNamespace(sizes=SimpleNamespace(context=16, vocabulary=1000))
+    check_fit(model, words)
+    words.tokenizer.add_tokens(["further"])
+    end = words.tokenizer.eos_token_id
+    with pytest.raises(ValueError, match=f"end token has its largest id, {end + 1}, got {end}"):
+        check_fit(model, words)
+
+
+def test_an_output_folder_that_is_a_file(call: Callable[..., Said], made: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = call(*training(made, tmp_path / "file"))
+    assert said.code == 2 and "expected --output_dir as a folder that can be made, got " in said.err
+    assert "Training:" not in said.err
+
+
 def script() -> Any:
     spec = importlib.util.spec_from_file_location("stop_main", ROOT / "examples/stop/main.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_script_may_be_stopped(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(retrieval, "run", stopped)
+    assert script().main(published()) == 130
+    assert capsys.readouterr().err == ""
 
 
 def published() -> list[str]:

@@ -70,6 +70,12 @@ def _run(options: RetrievalOptions, model: Any) -> dict[str, Any]:
     for what, pairs in (("Training on", training), ("Evaluating on", testing)):
         if pairs is not None:
             talk(f"{what} {len(pairs.clips)} videos with {len(pairs)} captions")
+    try:
+        Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"expected --output_dir as a folder that can be made, got {options.output_dir!r} ({error.strerror})"
+        ) from None
     place = locate(options.pretrained_clip_name) if model is None or options.tokenizer is None else None
     if model is None:
         assert place is not None
@@ -98,9 +104,7 @@ def _run(options: RetrievalOptions, model: Any) -> dict[str, Any]:
         model = model.to(accelerator.device)
         scores = _evaluate(options, accelerator, talk, model, test, words)
     if accelerator.is_main_process and scores:
-        folder = Path(options.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(_plain(scores), indent=2) + "\n", encoding="utf-8")
+        _write(scores, Path(options.output_dir))
         _print(scores)
     return _plain(scores)
 
@@ -211,16 +215,21 @@ def _train(
     test: EvaluationClips | None,
     words: Words,
 ) -> tuple[Any, dict[str, Any]]:
-    best = [-1.0]
+    folder = Path(options.output_dir) / "best"
+    best: list[float] = []
 
     def after(current: Any, epoch: int) -> dict[str, Any]:
         assert test is not None
         scores = _evaluate(options, accelerator, talk, current, test, words)
         one = scores["text_to_video"].r1
         talk(f"Epoch {epoch + 1}: text to video R@1 {one:.1f}, video to text R@1 {scores['video_to_text'].r1:.1f}")
+        if not best:
+            best.append(_best_before(folder) if epoch and options.resume is not None else -1.0)
         if one > best[0]:
             best[0] = one
-            save(accelerator, current, words, Path(options.output_dir) / "best")
+            save(accelerator, current, words, folder)
+            if accelerator.is_main_process:
+                _write(scores, folder)
         return scores
 
     with talk.bar("Training") as notify:
@@ -237,6 +246,18 @@ def _train(
         # A run whose last step was done before it began.
         return done.model, _evaluate(options, accelerator, talk, done.model, test, words)
     return done.model, done.scores[-1] if done.scores else {}
+
+
+def _write(scores: dict[str, Any], folder: Path) -> None:
+    (folder / "metrics.json").write_text(json.dumps(_plain(scores), indent=2) + "\n", encoding="utf-8")
+
+
+def _best_before(folder: Path) -> float:
+    """Text to video R@1 of the best epoch of the run that this one goes on from."""
+    try:
+        return float(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["text_to_video"]["R@1"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1.0
 
 
 def _plain(scores: dict[str, Any]) -> dict[str, Any]:

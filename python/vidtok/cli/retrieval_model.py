@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -83,6 +84,12 @@ def build(options: RetrievalOptions, place: Path) -> Any:
     model = _read(lambda: load(place, **values), "weights of a CLIP", place)
     if options.init_model is not None:
         _init(model, Path(options.init_model))
+    elif getattr(model, "untrained", False) and not options.do_train:
+        warnings.warn(
+            f"the prompts of {model.config.temporal_prompt} are not trained but random; --temporal_prompt none scores "
+            "a CLIP as it is",
+            stacklevel=2,
+        )
     return model
 
 
@@ -123,6 +130,10 @@ def check_fit(model: Any, words: Words) -> None:
         raise InputError(f"expected --max_words of at most {sizes.context}, as the model has, got {words.max_words}")
     if len(words.tokenizer) > sizes.vocabulary:
         raise InputError(f"expected a tokenizer of at most {sizes.vocabulary} ids, got one of {len(words.tokenizer)}")
+    end, last = words.tokenizer.eos_token_id, max(words.tokenizer.get_vocab().values())
+    if end != last:
+        # The text tower reads the largest id of a row, as CLIP does.
+        raise InputError(f"expected a tokenizer whose end token has its largest id, {last}, got {end}")
 
 
 def save(accelerator: Any, model: Any, words: Words, folder: Path) -> None:
