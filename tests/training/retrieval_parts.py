@@ -116,3 +116,4 @@ def process(folder: str) -> None:
     )  # fmt: skip
     if accelerator.is_main_process:
         torch.save({"state": state(done.model), "scores": done.scores}, Path(folder) / "two.pt")
+    accelerator.end_training()
