@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vidtok
 from tests.merge.reference import attention, merge
+from vidtok.merge import ToMe
 from vidtok.models.towers import _attention
 
 LAYERS, HEADS, WIDTH = 4, 4, 64
@@ -190,3 +192,11 @@ def test_names_of_attention_functions_are_plain():
     name = _attention.register("flash_attention_2")
     assert name == "flash_attention_2" and name in ALL_ATTENTION_FUNCTIONS
     assert {type(key) for key in ALL_ATTENTION_FUNCTIONS} == {str}
+
+
+@pytest.mark.parametrize("mask", [torch.ones(65), torch.ones(1, 65, 1, dtype=torch.bool)])
+def test_masks_that_fit_no_tower_are_refused_at_once(mask):
+    with pytest.raises(
+        ValueError, match=re.escape("expected protected as an integer or bool [T] or [B, T], got torch")
+    ):
+        ToMe(r=2, protected=mask)

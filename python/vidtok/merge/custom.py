@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from vidtok import _check
@@ -122,8 +121,6 @@ def attach_any(
     options = resolve(merge)
     prefix = 0
     if isinstance(protected, Tensor):
-        if protected.dtype != torch.bool or protected.dim() not in (1, 2):
-            _check.fail("protected as an integer or bool [T] or [B, T]", protected)
         options = replace(options, protected=protected)
     elif isinstance(protected, bool) or not isinstance(protected, int) or protected < 0:
         _check.fail("protected as an integer of at least 0 or a bool tensor", repr(protected))

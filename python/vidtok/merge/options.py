@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vidtok import _check
@@ -32,7 +33,8 @@ class ToMe:
         prop_attn: whether attention weighs a token by how many it stands for.
         protected: tokens that never merge: how many at the start, beside the tower's own class and register
             tokens; or bool ``[T]`` or ``[B, T]`` of the tower's sequence.
-        trace: whether the plans of all layers are kept, for ``handle.trace()`` and ``handle.unmerge()``.
+        trace: whether the plans of all layers are kept, for :meth:`vidtok.merge.Merging.trace` and
+            :meth:`vidtok.merge.Merging.unmerge`.
         form: how the log of the sizes enters attention: an additive ``mask``, one or two appended
             ``channel``, or ``auto`` (the faster one for the device and the attention function).
 
@@ -62,7 +64,10 @@ class ToMe:
         if self.form not in FORMS:
             _check.fail(f"form as one of {', '.join(FORMS)}", repr(self.form))
         count = self.protected
-        if not isinstance(count, Tensor) and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
+        if isinstance(count, Tensor):
+            if count.dtype != torch.bool or count.dim() not in (1, 2):
+                _check.fail("protected as an integer or bool [T] or [B, T]", count)
+        elif not isinstance(count, int) or isinstance(count, bool) or count < 0:
             _check.fail("protected as an integer of at least 0 or a bool tensor", repr(count))
         for name in ("prop_attn", "trace"):
             if not isinstance(getattr(self, name), bool):
