@@ -202,6 +202,23 @@ def test_names_of_the_release_are_those_of_its_files(tmp_path, monkeypatch):
     assert load("ViT-L/14@336px", vision_heads=4, text_heads=4).sizes.patch == 8
 
 
+@pytest.mark.parametrize("there", [("model.safetensors", "pytorch_model.bin"), ("pytorch_model.bin",)])
+def test_repositories_may_have_pickles_alone(tmp_path, monkeypatch, there):
+    state, asked = tiny(seed=0).clip.state_dict(), []
+
+    def download(name, allow_patterns):
+        asked.append((name, *allow_patterns))
+        for file in set(allow_patterns) & set(there):
+            (save_file if file.endswith("tensors") else torch.save)(state, tmp_path / file)
+        return str(tmp_path)
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert load("ViT-B/32", vision_heads=4, text_heads=4).sizes.patch == 8
+    wanted = ["model.safetensors", "pytorch_model.bin"][: 3 - len(there)]
+    assert asked == [("openai/clip-vit-base-patch32", "config.json", weights) for weights in wanted]
+
+
 def test_names_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -46,7 +46,12 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", *_WEIGHTS[:1]]))
+        for weights in _WEIGHTS:
+            folder = Path(snapshot_download(name, allow_patterns=["config.json", weights]))
+            # Not every repository of OpenAI's has safetensors.
+            if (folder / weights).exists():
+                break
+        return folder
     except Exception as error:
         raise ValueError(
             f"expected a path, one of {', '.join(NAMES)} or a repository of the Hugging Face hub that can be reached, "
