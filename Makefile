@@ -80,7 +80,7 @@ check-isa: install
 
 # A static pattern: make looks for no implicit rule of a phony target, and would call it done.
 $(filter check-transformers-%,$(addprefix check-,$(CHECKS))): check-transformers-%: install
-	$(TIMED) transformers-$* 4 env $(HF_OFFLINE) scripts/with_transformers $* $(PYTHON) --families core tests/models tests/merge tests/systems tests/training
+	$(TIMED) transformers-$* 5 env $(HF_OFFLINE) scripts/with_transformers $* $(PYTHON) --families core tests/models tests/merge tests/systems tests/training
 
 check-vision-libraries: install
 	$(TIMED) vision-libraries 2 env $(HF_OFFLINE) scripts/with_vision_libraries $(PYTHON) tests/models/towers/test_timm.py tests/models/towers/test_open_clip.py
