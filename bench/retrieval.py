@@ -76,7 +76,7 @@ def read(path: Path = CSV) -> list[Line]:
 @contextmanager
 def reduced(model: Any, way: str, r: int, seed: int = 0) -> Iterator[None]:
     """The model with ``r`` tokens of a frame fewer after each layer but the last, in one of the ``WAYS``."""
-    from vidtok.systems.stop import clip
+    from vidtok.systems.stop import clip, tower
 
     generator, begin = torch.Generator().manual_seed(seed), clip.begin
 
@@ -85,7 +85,8 @@ def reduced(model: Any, way: str, r: int, seed: int = 0) -> Iterator[None]:
         return None if run is None else divert(run, way, generator, model.sizes.grid)
 
     model.set_tome(r, prop_attn=way == "tome")
-    with patch.object(clip, "begin", other):
+    # The plain tower and STOP's each hold the name.
+    with patch.object(clip, "begin", other), patch.object(tower, "begin", other):
         yield
     model.set_tome(0)
 

@@ -116,3 +116,23 @@ def test_dropping_leaves_as_many_as_merging(folders: tuple[Path, Path, Any]) -> 
 def test_nothing_measured_says_so(tmp_path: Path) -> None:
     assert retrieval.block(tmp_path / "none.csv") == "Not yet measured.\n"
     assert list(Line.__dataclass_fields__)[:3] == ["way", "r", "tokens"]
+
+
+@pytest.mark.parametrize("prompt", ["none", "DGL"])
+def test_every_way_is_its_own(prompt: str) -> None:
+    import torch
+
+    from vidtok.systems.stop import tiny
+
+    torch.manual_seed(0)
+    model = tiny(temporal_prompt=prompt).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1 and "conv1" not in name:
+                p.mul_(2.5)
+    video, mask = torch.randn(2, 3, 3, 32, 32), torch.ones(2, 3)
+    found = []
+    for way in ("tome", "uniform", "random"):
+        with torch.no_grad(), retrieval.reduced(model, way, 4):
+            found.append(model.encode_video(video, mask))
+    assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(found) for b in found[:i])
