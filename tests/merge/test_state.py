@@ -178,6 +178,21 @@ def test_a_compiled_training_step(spec):
 
 
 @pytest.mark.slow
+def test_compiled_for_images_of_any_size():
+    model = clip(5)
+    plain = Sized(model)
+    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), vidtok.attach(model, vision="tome:r=3"):
+        for side in (32, 48, 64):
+            torch.testing.assert_close(compiled(grown(side)), plain(grown(side)), rtol=1e-4, atol=1e-4)
+
+
+class Sized(Pooled):
+    def forward(self, x):
+        return self.model(x, interpolate_pos_encoding=True).pooler_output
+
+
+@pytest.mark.slow
 def test_an_exported_tower():
     model = clip(3)
     with torch.no_grad(), vidtok.attach(model, vision="tome:r=3"):

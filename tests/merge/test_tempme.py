@@ -323,6 +323,17 @@ def test_frame_positions_equal_loops_and_carry_gradients():
         assert a.norm() > 0 and (a - b).norm() <= 1e-4 * b.norm()
 
 
+def test_frame_positions_of_a_clip_that_is_filled_up():
+    model, own = Own(), options(output="video", merge_frames=(2, 3), intra=0.2, frame_pos=True, frames=5)
+    with torch.no_grad(), put(model, own) as merging:
+        for p in merging.positions.parameters():
+            p.normal_(generator=torch.Generator().manual_seed(0))
+        with merging.frames(5):
+            by_number = model(frames(10))
+        with merging.frames([5, 5]):
+            assert torch.equal(model(frames(10)), by_number)
+
+
 def test_zero_frame_positions_change_no_bit():
     model = clip()
     with torch.no_grad():

@@ -109,7 +109,8 @@ class Merging:
         """The run of a pass whose first block gets ``x`` ``[B, T, C]``; bool ``real`` ``[B, T]`` is no padding."""
         if x.dim() != 3:
             _check.fail(f"blocks of {type(self.tower).__name__} to get tokens [B, T, C]", x)
-        batch, tokens = x.shape[0], x.shape[-2]
+        # A number, also in compiled code: the merges of many blocks as an expression of a symbol are too much for it.
+        batch, tokens = x.shape[0], len(range(x.shape[-2]))
         own, keep = self.options.protected, self.options.trace or self.full_length
         protected: int | Tensor
         if isinstance(own, Tensor):

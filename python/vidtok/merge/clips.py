@@ -8,7 +8,6 @@ from itertools import accumulate
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vidtok import ops
@@ -199,8 +198,10 @@ def _places(positions: Tensor, level: Level, x: Tensor) -> Tensor:
     """The vectors of the clips in ``x`` ``[G, M, n, C]``, ``[G, M, 1, C]``."""
     clips = level.clips
     if isinstance(clips, int):
-        own = F.pad(positions[:clips].to(x.dtype), (0, 0, 0, -clips % level.join))
-        own = own.expand(x.shape[0] * level.join // own.shape[0], *own.shape)
+        # What fills up the last clip is a copy of it in everything.
+        full = clips + -clips % level.join
+        own = positions.to(x.dtype)[torch.arange(full, device=x.device).clamp(max=clips - 1)]
+        own = own.expand(x.shape[0] * level.join // full, *own.shape)
     else:
         own = positions.to(x.dtype)[torch.tensor(_rows(level)[2], device=x.device)]
     return own.reshape(x.shape[0], level.join, 1, x.shape[-1])
