@@ -313,6 +313,22 @@ def _check_plan(plan: object, stage: object, num_in: int, videos: int) -> None:
         )
 
 
+def _read(rest: str, kinds: Mapping[str, str], name: str, text: str, spec: str) -> dict[str, Any]:
+    """The ``key=value,…`` of a stage ``text``, typed by ``kinds``."""
+    options: dict[str, Any] = {}
+    for item in _split(rest, ",", spec):
+        key, equals, value = item.partition("=")
+        key = key.strip()
+        if not equals or not _NAME.fullmatch(key):
+            _fail(spec, text, f"key=value after the colon, got {item.strip()[:60]!r}")
+        if key not in kinds:
+            _fail(spec, text, f"a key of {name}: {_nearest(key, kinds)}")
+        if key in options:
+            _fail(spec, text, f"{key} once")
+        options[key] = _value(value, kinds[key], item.strip(), spec)
+    return options
+
+
 def _stage(text: str, spec: str) -> Stage:
     name, colon, rest = text.partition(":")
     name = name.strip()
@@ -321,18 +337,7 @@ def _stage(text: str, spec: str) -> Stage:
     if name not in methods.METHODS:
         _fail(spec, text, f"a method: {_nearest(name, methods.METHODS)}")
     kinds = {**methods.METHODS[name].kinds, "images": "bool"}
-    options: dict[str, Any] = {}
-    if colon:
-        for item in _split(rest, ",", spec):
-            key, equals, value = item.partition("=")
-            key = key.strip()
-            if not equals or not _NAME.fullmatch(key):
-                _fail(spec, text, f"key=value after the colon, got {item.strip()[:60]!r}")
-            if key not in kinds:
-                _fail(spec, text, f"a key of {name}: {_nearest(key, kinds)}")
-            if key in options:
-                _fail(spec, text, f"{key} once")
-            options[key] = _value(value, kinds[key], item.strip(), spec)
+    options = _read(rest, kinds, name, text, spec) if colon else {}
     images = options.pop("images", None)
     return Stage(name, _options(name, options, spec), images)
 

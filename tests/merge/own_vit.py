@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 HEADS = 4
 
@@ -51,3 +52,17 @@ def feed(block: Block, x: Tensor) -> Tensor:
 
 def tokens(batch: int = 2, length: int = 17, width: int = 32) -> Tensor:
     return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(1))
+
+
+class Every(nn.Module):
+    """Checkpoints of ``every`` blocks, or of all of them."""
+
+    def __init__(self, model, every, reentrant):
+        super().__init__()
+        self.model, self.every, self.reentrant = model, every, reentrant
+
+    def forward(self, x):
+        blocks = list(self.model.stages["blocks"])
+        for start in range(0, len(blocks), self.every):
+            x = checkpoint(nn.Sequential(*blocks[start : start + self.every]), x, use_reentrant=self.reentrant)
+        return x

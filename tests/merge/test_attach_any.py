@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.merge import reference
-from tests.merge.own_vit import Own, attend, feed, tokens
+from tests.merge.own_vit import Every, Own, attend, feed, tokens
 from vidtok.merge import Merging, ToMe, attach_any, unmerge, weighted_mean
 
 
@@ -127,20 +127,6 @@ def test_a_mean_counts_every_token():
     rows = [torch.repeat_interleave(a[1:], b[1:].long(), 0).mean(0) for a, b in zip(x, size)]
     torch.testing.assert_close(weighted_mean(x, size, 1), torch.stack(rows))
     assert torch.equal(unmerge(None, x), x)
-
-
-class Every(nn.Module):
-    """Checkpoints of ``every`` blocks, or of all of them."""
-
-    def __init__(self, model, every, reentrant):
-        super().__init__()
-        self.model, self.every, self.reentrant = model, every, reentrant
-
-    def forward(self, x):
-        blocks = list(self.model.stages["blocks"])
-        for start in range(0, len(blocks), self.every):
-            x = checkpoint(nn.Sequential(*blocks[start : start + self.every]), x, use_reentrant=self.reentrant)
-        return x
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import vidtok
 from tests.merge import reference
-from tests.merge.own_vit import Own, attend, feed, tokens
+from tests.merge.own_vit import Every, Own, attend, feed, tokens
 from tests.merge.test_tempme import SMALL, clip, options, pixels, put, tower
 from tests.merge.videos import Clips, Mine, by_loops
 from vidtok.merge import ToMe, attach_any
@@ -105,20 +104,6 @@ def test_checkpoints_of_transformers(spec, reentrant):
     assert same(*grads)
 
 
-class Checkpointed(nn.Module):
-    """A user's own: every block in a checkpoint, or several together."""
-
-    def __init__(self, model, every, reentrant):
-        super().__init__()
-        self.model, self.every, self.reentrant = model, every, reentrant
-
-    def forward(self, x):
-        blocks = list(self.model.stages["blocks"])
-        for start in range(0, len(blocks), self.every):
-            x = checkpoint(nn.Sequential(*blocks[start : start + self.every]), x, use_reentrant=self.reentrant)
-        return x
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -127,7 +112,7 @@ def test_checkpoints_across_frames(every, reentrant, order):
     counts = [(4,), (3, 5)]
     noise = torch.randn(8, 17, 32, generator=torch.Generator().manual_seed(4))
     with put(model, options(trace=True)) as merging:
-        for forward in (model, Checkpointed(model, every, reentrant)):
+        for forward in (model, Every(model, every, reentrant)):
             model.zero_grad()
             losses = []
             for frames in counts:
@@ -145,7 +130,7 @@ def test_parts_of_one_batch_are_passes_of_their_own(reentrant):
     parts = [batch[:1], batch[1:]]
     grads = []
     with put(model, ToMe(r=3)):
-        for forward in (model, Checkpointed(model, 1, reentrant)):
+        for forward in (model, Every(model, 1, reentrant)):
             grads.append(gradients(model, sum(forward(part).square().mean() for part in parts)))
     assert near(grads[1], grads[0], 1e-6)
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from vidtok import ops
-from vidtok.merge import attention
 from vidtok.merge.run import Run, Step, unmerge
 from vidtok.merge.tempme import Clips, Level, TempMe
 from vidtok.plan import Plan, offsets
@@ -155,25 +154,12 @@ class FrameStep(Step):
         clips = self.level.clips_out
         return self.run.by_video(plan, (before, after), (clips, clips), _videos(clips, x.shape[0]))
 
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        mask: Tensor | None = None,
-        scale: float | None = None,
-        attend: attention.Attend = attention.sdpa,
-        flash: bool = False,
-    ) -> Any:
-        """As :meth:`Step.attention`; what clips are filled up with weighs nothing in any case."""
-        run, i, size = self.run, self.index, self.size
-        if run.options.prop_attn or not run.filled[i] or size is None:
-            return super().attention(q, k, v, mask=mask, scale=scale, attend=attend, flash=flash)
-        self.note(k, v)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        form = attention.choose(run.options.form, q.device, flash)
-        return attention.FORMS[form](attend, q, k, v, size.clamp(max=1.0), mask, scale)
+    def weights(self, keys: Tensor) -> Tensor | None:
+        """As :meth:`Step.weights`; what clips are filled up with weighs nothing in any case."""
+        size, own = super().weights(keys), self.size
+        if size is None and own is not None and self.run.filled[self.index]:
+            return own.clamp(max=1.0)
+        return size
 
     def merge(self, x: Tensor) -> Tensor:
         """``[clips, n, C]`` with its most similar pairs merged."""

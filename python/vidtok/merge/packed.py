@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from vidtok import _check, ops
 from vidtok._constant import constant
-from vidtok.merge import attention
 from vidtok.merge.attach import Merging
 from vidtok.merge.options import ToMe
-from vidtok.merge.run import Run, Step
+from vidtok.merge.run import Run, Step, owners
 from vidtok.ops.bipartite import prefix_merge_count
 from vidtok.plan import Plan, offsets
 
@@ -123,26 +122,11 @@ class PackedStep(Step):
         if self.run.merges[self.index] > 0 and self.run.options.metric != "hidden":
             self.parts.append((keys if self.run.options.metric == "keys" else values)[0].detach())
 
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        mask: Tensor | None = None,
-        scale: float | None = None,
-        attend: attention.Attend = attention.sdpa,
-        flash: bool = False,
-    ) -> Any:
-        """As :meth:`Step.attention`, for the next ``L`` tokens: q, k and v ``[1, H, L, D]``."""
-        self.note(k, v)
-        start, self.at = self.at, self.at + k.shape[-2]
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        size = self.size
-        if size is None or not self.run.options.prop_attn:
-            return attend(q, k, v, mask, scale)
-        form = attention.choose(self.run.options.form, q.device, flash)
-        return attention.FORMS[form](attend, q, k, v, size[None, start : self.at], mask, scale)
+    def weights(self, keys: Tensor) -> Tensor | None:
+        """As :meth:`Step.weights`, of the next ``L`` tokens: keys ``[1, H, L, D]``."""
+        start, self.at = self.at, self.at + keys.shape[-2]
+        size = super().weights(keys)
+        return None if size is None else size[None, start : self.at]
 
     @torch.compiler.disable
     def merge(self, x: Tensor) -> Tensor:
@@ -154,8 +138,7 @@ class PackedStep(Step):
         metric = torch.cat(self.parts, 1) if self.parts else x
         self.parts = []
         x, size, plan = _merge(x, metric, run.size[i], run.counts[i], run.borders[i : i + 2], run.protected[i])
-        owner = torch.repeat_interleave(plan.offset.diff().long(), output_size=plan.num_in)
-        place = torch.empty_like(owner).index_copy_(0, plan.member.long(), owner)
+        place = owners(plan)
         anchor, before = plan.anchor.long(), (run.owner[i], run.anchor[i])
         run.size[i + 1] = size
         run.owner[i + 1] = place if before[0] is None else place.index_select(0, before[0])

@@ -91,6 +91,10 @@ class Step:
         if self.run.merges[self.index] > 0 and self.run.options.metric != "hidden":
             self.metric = (keys if self.run.options.metric == "keys" else values).detach()
 
+    def weights(self, keys: Tensor) -> Tensor | None:
+        """How often attention counts each of ``keys`` ``[B, H, T, D]``: fp32 ``[B, T]``, None for once each."""
+        return self.size if self.run.options.prop_attn else None
+
     def attention(
         self,
         q: Tensor,
@@ -113,8 +117,8 @@ class Step:
         """
         self.note(k, v)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        size = self.size
-        if size is None or not self.run.options.prop_attn:
+        size = self.weights(k)
+        if size is None:
             return attend(q, k, v, mask, scale)
         form = attention.choose(self.run.options.form, q.device, flash)
         return attention.FORMS[form](attend, q, k, v, size, mask, scale)
@@ -143,14 +147,18 @@ class Step:
         return x
 
 
+def owners(plan: Plan) -> Tensor:
+    """int64 ``[N]``, the output that each input of a plan of merges went into."""
+    owner = torch.repeat_interleave(plan.offset.diff().long(), output_size=plan.num_in)
+    return torch.empty_like(owner).index_copy_(0, plan.member.long(), owner)
+
+
 def unmerge(plan: Plan | None, y: Tensor) -> Tensor:
     """``[B, T', C]`` at the places of the tokens that were merged into it, ``[B, T, C]``; packed ``[M, C]`` alike."""
     if plan is None:
         return y
     rows = y.reshape(-1, y.shape[-1])
-    owner = torch.repeat_interleave(plan.offset.diff().long(), output_size=plan.num_in)
-    place = torch.empty_like(owner).index_copy_(0, plan.member.long(), owner)
-    out = rows.index_select(0, place)
+    out = rows.index_select(0, owners(plan))
     return out if y.dim() == 2 else out.view(y.shape[0], -1, y.shape[-1])
 
 

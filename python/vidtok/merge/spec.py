@@ -6,7 +6,7 @@ from typing import Any
 
 from vidtok.merge.options import ToMe
 from vidtok.merge.tempme import TempMe
-from vidtok.spec import _NAME, SpecError, _fail, _nearest, _split, _value
+from vidtok.spec import SpecError, _fail, _nearest, _read
 
 METHODS: dict[str, tuple[type, dict[str, str]]] = {
     "tome": (
@@ -54,17 +54,7 @@ def parse(text: str) -> Any:
     if name not in METHODS:
         _fail(text, text, f"a method: {_nearest(name, METHODS)}")
     kind, kinds = METHODS[name]
-    options: dict[str, Any] = {}
-    for item in _split(rest, ",", text) if colon else ():
-        key, equals, value = item.partition("=")
-        key = key.strip()
-        if not equals or not _NAME.fullmatch(key):
-            _fail(text, text, f"key=value after the colon, got {item.strip()[:60]!r}")
-        if key not in kinds:
-            _fail(text, text, f"a key of {name}: {_nearest(key, kinds)}")
-        if key in options:
-            _fail(text, text, f"{key} once")
-        options[key] = _value(value, kinds[key], item.strip(), text)
+    options = _read(rest, kinds, name, text, text) if colon else {}
     try:
         return kind(**options)
     except (TypeError, ValueError) as error:
