@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -115,3 +116,8 @@ def context(threads: int) -> dict[str, str | int]:
         "commit": commit(),
         "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def machine_file(kind: str) -> Path:
+    """Where a run of ``kind`` on this machine is kept."""
+    return RESULTS / f"{kind}-{re.sub(r'[^a-z0-9]+', '-', cpu_name().lower()).strip('-')}.csv"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from bench import allocator, clock, overhead
 from bench.harness import Budget, measure
 from bench.limits import Limits
-from bench.row import RESULTS, ROOT, Row, context, cpu_name, write
+from bench.row import ROOT, Row, context, machine_file, write
 from bench.suites import SUITES
 
 # Above this share of the processors' time in other programs, wall times of two threads are no longer ours.
@@ -36,11 +35,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=float, default=Budget.cold, help="per case, cold")
     p.add_argument("--out", type=Path, help="CSV; bench/results/cpu-<machine>.csv for a whole run, none for a part")
     return p
-
-
-def machine_file() -> Path:
-    """Where a whole run on this machine is kept."""
-    return RESULTS / f"cpu-{re.sub(r'[^a-z0-9]+', '-', cpu_name().lower()).strip('-')}.csv"
 
 
 def limit_rows(limits: Limits, shared: dict) -> list[Row]:
@@ -110,13 +104,13 @@ def main(arguments: list[str] | None = None) -> int:
         from bench import memory
 
         rows += memory.rows(shared)
-    path = args.out or (None if args.operators or args.case else machine_file())
-    if failed and path == machine_file():
+    path = args.out or (None if args.operators or args.case else machine_file("cpu"))
+    if failed and path == machine_file("cpu"):
         path = ROOT / "out" / path.name  # what was green, out of the way of the last good run
     if path:
         write(rows, path)
         print(f"wrote {path}")
-    if path == machine_file():
+    if path == machine_file("cpu"):
         from bench import plots, readme
 
         plots.draw(path)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.row import RESULTS, ROOT, Row, context, cpu_name, write
+from bench.row import ROOT, Row, context, machine_file, write
 
 sys.path.insert(0, str(ROOT / "python"))
 
@@ -53,11 +52,6 @@ def measure(size: Size, device: torch.device, dtype: torch.dtype, shared: dict[s
     return rows
 
 
-def machine_file() -> Path:
-    """Where a run on this machine is kept."""
-    return RESULTS / f"decoder-{re.sub(r'[^a-z0-9]+', '-', cpu_name().lower()).strip('-')}.csv"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measure, write the CSV, and fill the README from it."""
     args = parser().parse_args(arguments)
@@ -78,11 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     print(f"{shared['machine']}; {shared['versions']}; {size}", flush=True)
     rows = measure(size, device, dtype, shared)
-    path = args.out or (None if args.tiny or device.type == "cuda" else machine_file())
+    path = args.out or (None if args.tiny or device.type == "cuda" else machine_file("decoder"))
     if path:
         write(rows, path)
         print(f"wrote {path}")
-    if path == machine_file():
+    if path == machine_file("decoder"):
         readme.README.write_text(readme.filled(readme.README.read_text(), readme.decoder_block(), readme.DECODER_MARKS))
     print(f"took {time.perf_counter() - start:.0f} s")
     return 0

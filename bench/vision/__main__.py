@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.row import RESULTS, ROOT, Row, context, cpu_name, write
+from bench.row import ROOT, Row, context, machine_file, write
 
 sys.path.insert(0, str(ROOT / "python"))
 
@@ -55,11 +54,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def machine_file() -> Path:
-    """Where a run on this machine is kept."""
-    return RESULTS / f"vision-{re.sub(r'[^a-z0-9]+', '-', cpu_name().lower()).strip('-')}.csv"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measure, write the CSV, and fill the README from it."""
     args = parser().parse_args(arguments)
@@ -88,11 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
         if (args.case or "") in str(video):
             made += stop.measure(replace(video, seconds=args.seconds or video.seconds), rows, device)
     partial = bool(args.case or args.no_memory or args.tiny or device.type == "cuda")
-    path = args.out or (None if partial else machine_file())
+    path = args.out or (None if partial else machine_file("vision"))
     if path:
         write(made, path)
         print(f"wrote {path}")
-    if path == machine_file():
+    if path == machine_file("vision"):
         readme.README.write_text(readme.filled(readme.README.read_text(), readme.vision_block(), readme.VISION_MARKS))
     print(f"took {time.perf_counter() - start:.0f} s")
     return 0
