@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -334,6 +335,33 @@ def test_bars(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     with retrieval.Talk(False).bar("Training"):
         retrieval.Talk(False)("from another process")
     assert capsys.readouterr().err == ""
+
+
+def test_where_every_patch_went(call: Callable[..., Said], made: dict[str, Path], tmp_path: Path) -> None:
+    from vidtok.data.retrieval import EvaluationClips, FrameLoader, FrameRule, load_pairs, normalize
+    from vidtok.systems.stop import load
+
+    said = call(*training(made, tmp_path, "--epochs", 1, "--tome_r", 3, "--tome_trace_source"))
+    assert said.code == 0, said.err
+    with np.load(tmp_path / "sources.npz") as found:
+        clips, sources = found["clips"].tolist(), found["sources"]
+    assert clips == [f"video{i}" for i in range(8)] and sources.shape == (8, 2, 17) and sources.dtype == np.int16
+    pairs = load_pairs("msrvtt", "test", made["data"], made["videos"])
+    model = load(tmp_path / "model", tome_trace_source=True).eval()
+    data = EvaluationClips(pairs, FrameLoader(FrameRule(2, 32)))
+    with torch.no_grad():
+        model.encode_video(normalize(torch.stack([data[i]["video"] for i in range(8)])))
+    assert np.array_equal(sources.reshape(16, 17), model.source_map())
+    assert (sources[..., 0] == 0).all() and all(len(set(frame)) == 14 for frame in sources.reshape(16, 17).tolist())
+    scoring = ["eval", "retrieval", *common(made, tmp_path), "--pretrained_clip_name", tmp_path / "model"]
+    # What was asked for once stays with the model; without merging there is nothing to tell, and nothing old stays.
+    said = call(*scoring, "--batch_size_val", 3)
+    with np.load(tmp_path / "sources.npz") as found:
+        assert said.code == 0 and np.array_equal(found["sources"], sources)
+    said = call(*scoring, "--tome_r", 0)
+    assert said.code == 0 and "No tokens merge" in said.err and not (tmp_path / "sources.npz").exists()
+    assert call(*scoring, "--no-tome_trace_source").code == 0 and not (tmp_path / "sources.npz").exists()
+    assert "sources" not in json.loads((tmp_path / "metrics.json").read_text())
 
 
 @pytest.mark.parametrize(("module", "name"), [("accelerate", "accelerate"), ("torch.utils.tensorboard", "tensorboard")])

@@ -41,6 +41,23 @@ class Standin(nn.Module):
         return nn.functional.normalize(frames.sum(1) @ self.weight[:3], dim=-1)
 
 
+class Tracer(Standin):
+    """Says that tokens merged, by a map with another number everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps: list[Tensor] = []
+        self.none = False
+
+    def encode_video(self, video: Tensor, video_mask: Tensor) -> Tensor:
+        first = sum(m.numel() for m in self.maps)
+        self.maps.append(torch.arange(first, first + 4 * video_mask.numel()).view(-1, 4))
+        return super().encode_video(video, video_mask)
+
+    def source_map(self) -> Tensor | None:
+        return None if self.none else self.maps[-1]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pairs, Words]:
     files = msrvtt(tmp_path_factory.mktemp("set"))
@@ -85,6 +102,13 @@ def test_clips_that_do_not_decode(made: tuple[Pairs, Words], tmp_path: Path) -> 
     found = evaluate(Standin(), EvaluationClips(pairs, loader, skip_unreadable=True), words)
     assert found["unreadable"] == ["broken"]
     assert found["text_to_video"].queries == 14 and found["video_to_text"].queries == 7
+    # What merged is told of the clips that were read.
+    tracer = Tracer()
+    told = evaluate(tracer, EvaluationClips(pairs, loader, skip_unreadable=True), words, batch_size=3, sources=True)
+    assert told["clips"] == [c.name for c in clips if c.name != "broken"] and told["sources"].dtype == torch.int16
+    assert torch.equal(told["sources"], torch.cat(tracer.maps).view(8, 3, 4)[[0, 1, 3, 4, 5, 6, 7]])
+    tracer.none = True
+    assert "sources" not in evaluate(tracer, EvaluationClips(pairs, loader, True), words, sources=True)
     only = Pairs((clips[2],), ("a",), (0,))
     with pytest.raises(ValueError, match="a clip that decodes, got none out of 1"):
         evaluate(Standin(), EvaluationClips(only, loader, skip_unreadable=True), words)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vidtok.cli.errors import InputError, one_line
@@ -191,13 +192,29 @@ def _evaluate(
 ) -> dict[str, Any]:
     from vidtok.evaluation.retrieval import evaluate
 
+    plain = accelerator.unwrap_model(model)
+    traced = getattr(getattr(plain, "config", None), "tome_trace_source", False)
     with talk.bar("Evaluating") as notify:
         scores = evaluate(
             model, test, words, batch_size=options.batch_size_val, workers=options.num_thread_reader,
             gallery=options.gallery, accelerator=accelerator, notify=notify,
+            sources=traced and plain.tome is not None,
         )  # fmt: skip
     _unreadable(talk, scores["unreadable"], "are left out")
-    return scores
+    if traced and accelerator.is_main_process:
+        _write_sources(scores, Path(options.output_dir) / "sources.npz", talk)
+    return {k: v for k, v in scores.items() if k not in ("sources", "clips")}
+
+
+def _write_sources(scores: dict[str, Any], path: Path, talk: Talk) -> None:
+    path.unlink(missing_ok=True)
+    if "sources" not in scores:
+        talk(f"No tokens merge, so that --tome_trace_source writes no {path.name}")
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, clips=np.array(scores["clips"]), sources=scores["sources"].numpy())
+    os.replace(partial, path)
 
 
 def _unreadable(talk: Talk, names: list[str], what: str) -> None:

@@ -42,7 +42,11 @@ class RetrievalOptions:
         None, "Layers of CLIP that stay as they are, -1 for none (all with prompts, none without)."
     )
     tome_r: str = _option("0", "Tokens merged per layer: one number, one for each layer with commas, or R:INFLECTION.")
-    tome_trace_source: bool = _option(False, "Keep track of which tokens merged.")
+    tome_trace_source: bool = _option(
+        False,
+        "Evaluation writes sources.npz to --output_dir: in which token every patch of every frame ended. Training "
+        "keeps the trace and is otherwise the same.",
+    )
     tome_prop_attn: bool = _option(True, "Weigh merged tokens by their size in attention.")
     tome_metric: str = _option("keys", "What similarity is taken of: keys, values or hidden.")
     tome_frame_merging: bool = _option(False, "Also join frames along the depth.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -125,6 +125,7 @@ def evaluate(
     gallery: str = "videos",
     accelerator: Any = None,
     notify: Callable[[int, int], None] | None = None,
+    sources: bool = False,
 ) -> dict[str, Any]:
     """Embed every clip and caption once, in batches, and score them.
 
@@ -138,9 +139,13 @@ def evaluate(
         gallery: see :func:`ranks`.
         accelerator: of accelerate, to share the clips among processes and for its autocast.
         notify: called with (clips done, clips in all).
+        sources: also tell where every patch went, by the model's ``source_map()``.
 
     Returns:
-        ``text_to_video`` and ``video_to_text`` (:class:`Scores`), ``unreadable`` (names of clips left out).
+        ``text_to_video`` and ``video_to_text`` (:class:`Scores`), ``unreadable`` (names of clips left out); where
+        ``sources`` is asked for and tokens merged, ``sources``: int16 or int32 ``[V, T, 1 + P]``, in which token of
+        its frame (of its video, where frames joined) each class token and patch is at the end, and ``clips``, the
+        names of the V clips.
     """
     plain = accelerator.unwrap_model(model) if accelerator is not None else model
     device = next((p.device for p in plain.parameters()), torch.device("cpu"))
@@ -159,7 +164,7 @@ def evaluate(
     was = plain.training
     plain.eval()
     try:
-        videos, readable = _videos(plain, loader, len(clips), device, accelerator, notify)
+        videos, readable, merged = _videos(plain, loader, len(clips), device, accelerator, notify, sources)
         texts = _texts(plain, clips.pairs.captions, words, 4 * batch_size, device, accelerator)
     finally:
         plain.train(was)
@@ -172,8 +177,11 @@ def evaluate(
     scores = score(
         texts[(owner >= 0).to(texts.device)], videos[keep.to(videos.device)], owner[owner >= 0], gallery=gallery
     )
-    names = [clips.pairs.clips[i].name for i in (readable == 0).nonzero().flatten().tolist()]
-    return {**scores, "unreadable": names}
+    names = [clip.name for clip in clips.pairs.clips]
+    result = {**scores, "unreadable": [n for n, read in zip(names, readable.tolist()) if not read]}
+    if merged is not None:
+        result |= {"sources": merged[keep], "clips": [names[i] for i in keep.tolist()]}
+    return result
 
 
 def _autocast(accelerator: Any) -> Any:
@@ -183,16 +191,21 @@ def _autocast(accelerator: Any) -> Any:
 
 
 def _videos(
-    model: Any, loader: Any, total: int, device: torch.device, accelerator: Any, notify: Any
-) -> tuple[Tensor, Tensor]:
+    model: Any, loader: Any, total: int, device: torch.device, accelerator: Any, notify: Any, sources: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     out: Tensor | None = None
+    merged: Tensor | None = None
     readable = torch.zeros(total, dtype=torch.int64)
     done = 0
     for batch in loader:
         index, video = batch["index"].to(device), normalize(batch["video"].to(device))
         with _autocast(accelerator):
             found = model.encode_video(video, batch["video_mask"].to(device)).float()
-        parts: Mapping[str, Tensor] = {"index": index, "found": found, "readable": batch["readable"].to(device)}
+        parts: dict[str, Tensor] = {"index": index, "found": found, "readable": batch["readable"].to(device)}
+        source = model.source_map() if sources else None
+        if source is not None:
+            # NCCL has no 16 bits to gather.
+            parts["source"] = source.int().unflatten(0, (len(index), -1))
         if accelerator is not None:
             # Clips that fill up the last batch of a process come twice; they are written twice to one row.
             parts = {k: accelerator.gather(v) for k, v in parts.items()}
@@ -200,11 +213,16 @@ def _videos(
             out = torch.zeros(total, found.shape[1], device=device)
         out[parts["index"]] = parts["found"]
         readable[parts["index"].cpu()] = parts["readable"].cpu()
+        if source is not None:
+            shape = parts["source"].shape[1:]
+            if merged is None:
+                merged = torch.zeros(total, *shape, dtype=torch.int16 if shape.numel() < 2**15 else torch.int32)
+            merged[parts["index"].cpu()] = parts["source"].to("cpu", merged.dtype)
         done = min(total, done + len(parts["index"]))
         if notify is not None:
             notify(done, total)
     assert out is not None
-    return out, readable
+    return out, readable, merged
 
 
 def _texts(
