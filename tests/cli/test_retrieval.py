@@ -21,6 +21,7 @@ pytest.importorskip("accelerate")
 
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizerFast
 
 from tests.cli.conftest import Said
 from tests.data.retrieval.make import msrvtt, tiny_checkpoint
@@ -335,6 +336,29 @@ def test_bars(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     with retrieval.Talk(False).bar("Training"):
         retrieval.Talk(False)("from another process")
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_killed_while_it_writes_a_model_leaves_the_one_before(
+    call: Callable[..., Said], made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files() -> dict[str, bytes]:
+        return {f"{n}/{p.name}": p.read_bytes() for n in ("model", "best") for p in (tmp_path / n).iterdir()}
+
+    assert call(*training(made, tmp_path, "--epochs", 1)).code == 0
+    before = files()
+    assert {"model/model.safetensors", "best/metrics.json", "best/tokenizer.json"} <= before.keys()
+    shutil.rmtree(tmp_path / "checkpoints")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    # The weights are written, the tokenizer beside them is not.
+    monkeypatch.setattr(CLIPTokenizerFast, "save_pretrained", killed)
+    assert call(*training(made, tmp_path, "--epochs", 1, "--seed", 7)).code == 130
+    assert files() == before
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert call(*training(made, tmp_path, "--epochs", 1, "--seed", 7, "--do_eval", 0)).code == 130
+    assert files() == before
 
 
 def test_where_every_patch_went(call: Callable[..., Said], made: dict[str, Path], tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from vidtok.cli.errors import InputError, one_line
-from vidtok.cli.retrieval_model import build, check_fit, locate, merges, save
+from vidtok.cli.retrieval_model import build, check_fit, locate, merges, plain, read_best, save, write_scores
 from vidtok.cli.retrieval_options import RetrievalOptions
 from vidtok.cli.talk import Talk
 from vidtok.data import VideoError
@@ -30,6 +29,7 @@ from vidtok.data.retrieval import (
 )
 from vidtok.data.retrieval.frames import ORDERS, POSITIONS
 from vidtok.evaluation.retrieval import GALLERIES
+from vidtok.training.folders import recover
 from vidtok.training.retrieval import Recipe, accelerator_for, train
 
 
@@ -105,9 +105,9 @@ def _run(options: RetrievalOptions, model: Any) -> dict[str, Any]:
         model = model.to(accelerator.device)
         scores = _evaluate(options, accelerator, talk, model, test, words)
     if accelerator.is_main_process and scores:
-        _write(scores, Path(options.output_dir))
+        write_scores(scores, Path(options.output_dir))
         _print(scores)
-    return _plain(scores)
+    return plain(scores)
 
 
 def _preset(options: RetrievalOptions) -> RetrievalOptions:
@@ -192,13 +192,13 @@ def _evaluate(
 ) -> dict[str, Any]:
     from vidtok.evaluation.retrieval import evaluate
 
-    plain = accelerator.unwrap_model(model)
-    traced = getattr(getattr(plain, "config", None), "tome_trace_source", False)
+    own = accelerator.unwrap_model(model)
+    traced = getattr(getattr(own, "config", None), "tome_trace_source", False)
     with talk.bar("Evaluating") as notify:
         scores = evaluate(
             model, test, words, batch_size=options.batch_size_val, workers=options.num_thread_reader,
             gallery=options.gallery, accelerator=accelerator, notify=notify,
-            sources=traced and plain.tome is not None,
+            sources=traced and own.tome is not None,
         )  # fmt: skip
     _unreadable(talk, scores["unreadable"], "are left out")
     if traced and accelerator.is_main_process:
@@ -232,7 +232,11 @@ def _train(
     test: EvaluationClips | None,
     words: Words,
 ) -> tuple[Any, dict[str, Any]]:
-    folder = Path(options.output_dir) / "best"
+    model_folder, folder = (Path(options.output_dir) / name for name in ("model", "best"))
+    if accelerator.is_main_process:
+        recover(model_folder)
+        recover(folder)
+    accelerator.wait_for_everyone()
     best: list[float] = []
 
     def after(current: Any, epoch: int) -> dict[str, Any]:
@@ -241,12 +245,10 @@ def _train(
         one = scores["text_to_video"].r1
         talk(f"Epoch {epoch + 1}: text to video R@1 {one:.1f}, video to text R@1 {scores['video_to_text'].r1:.1f}")
         if not best:
-            best.append(_best_before(folder) if epoch and options.resume is not None else -1.0)
+            best.append(read_best(folder) if epoch and options.resume is not None else -1.0)
         if one > best[0]:
             best[0] = one
-            save(accelerator, current, words, folder)
-            if accelerator.is_main_process:
-                _write(scores, folder)
+            save(accelerator, current, words, folder, scores)
         return scores
 
     with talk.bar("Training") as notify:
@@ -258,27 +260,11 @@ def _train(
             notify=lambda steps, total, loss: notify(steps, total, f"loss {loss:.3f}"),
         )  # fmt: skip
     _unreadable(talk, done.unreadable, "were replaced")
-    save(accelerator, done.model, words, Path(options.output_dir) / "model")
+    save(accelerator, done.model, words, model_folder)
     if test is not None and not done.scores:
         # A run whose last step was done before it began.
         return done.model, _evaluate(options, accelerator, talk, done.model, test, words)
     return done.model, done.scores[-1] if done.scores else {}
-
-
-def _write(scores: dict[str, Any], folder: Path) -> None:
-    (folder / "metrics.json").write_text(json.dumps(_plain(scores), indent=2) + "\n", encoding="utf-8")
-
-
-def _best_before(folder: Path) -> float:
-    """Text to video R@1 of the best epoch of the run that this one goes on from."""
-    try:
-        return float(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["text_to_video"]["R@1"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return -1.0
-
-
-def _plain(scores: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.as_dict() if hasattr(v, "as_dict") else v for k, v in scores.items()}
 
 
 def _print(scores: dict[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from vidtok.cli.errors import InputError, one_line
 from vidtok.cli.retrieval_options import RetrievalOptions
 from vidtok.data.retrieval import Words
+from vidtok.training.folders import whole
 
 
 def merges(text: str) -> int | list[int] | tuple[int, float]:
@@ -136,14 +138,35 @@ def check_fit(model: Any, words: Words) -> None:
         raise InputError(f"expected a tokenizer whose end token has its largest id, {last}, got {end}")
 
 
-def save(accelerator: Any, model: Any, words: Words, folder: Path) -> None:
-    """Write a model and its tokenizer as ``--pretrained_clip_name`` takes them."""
+def save(accelerator: Any, model: Any, words: Words, folder: Path, scores: Mapping[str, Any] | None = None) -> None:
+    """Write a model and its tokenizer as ``--pretrained_clip_name`` takes them, and its scores, whole or not at all."""
     if accelerator.is_main_process:
         from vidtok.systems.stop import CLIP4Clip
         from vidtok.systems.stop import save as write
 
-        plain = accelerator.unwrap_model(model)
-        if isinstance(plain, CLIP4Clip):
-            write(plain, folder)
-            words.tokenizer.save_pretrained(str(folder))
+        own = accelerator.unwrap_model(model)
+        with whole(folder) as new:
+            if isinstance(own, CLIP4Clip):
+                write(own, new)
+                words.tokenizer.save_pretrained(str(new))
+            if scores is not None:
+                write_scores(scores, new)
     accelerator.wait_for_everyone()
+
+
+def plain(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores as values that JSON has."""
+    return {k: v.as_dict() if hasattr(v, "as_dict") else v for k, v in scores.items()}
+
+
+def write_scores(scores: Mapping[str, Any], folder: Path) -> None:
+    """Write ``metrics.json``."""
+    (folder / "metrics.json").write_text(json.dumps(plain(scores), indent=2) + "\n", encoding="utf-8")
+
+
+def read_best(folder: Path) -> float:
+    """Text to video R@1 of the model that :func:`save` left with its scores; -1 where there is none."""
+    try:
+        return float(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["text_to_video"]["R@1"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1.0
