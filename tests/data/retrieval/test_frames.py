@@ -127,6 +127,30 @@ def test_a_changed_file_meets_no_old_frames(tmp_path: Path) -> None:
     assert not torch.equal(red, blue) and torch.equal(blue, FrameLoader(FrameRule(2, 16)).load(Clip("v", path))[0])
 
 
+def test_decoders_share_no_frames(clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    real = module.VideoReader
+
+    def reader(*args: object, backend: str, **options: object) -> VideoReader:
+        opened.append(backend)
+        # Where one of the decoders is absent, the other does for both.
+        return real(*args, backend="auto", **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "VideoReader", reader)
+    cache = FrameCache(tmp_path)
+
+    def load(backend: str) -> bool:
+        before = len(opened)
+        FrameLoader(FrameRule(2, 16), cache, backend).load(clip)
+        return len(opened) > before
+
+    for there in (object(), None):
+        monkeypatch.setattr(module.importlib.util, "find_spec", lambda name, there=there: there)
+        # Without decord, auto is PyAV.
+        assert [load(name) for name in ("auto", "pyav", "decord")] == [there is not None] * 3
+        assert not any(load(name) for name in ("auto", "pyav", "decord"))
+
+
 def test_what_does_not_decode(tmp_path: Path) -> None:
     (tmp_path / "v.mp4").write_bytes(b"no video at all")
     for cache in (None, FrameCache(tmp_path / "cache")):

@@ -22,9 +22,9 @@ _HEAD = 16  # magic, then the length of the facts
 class FrameCache:
     """Frames of clips as uint8 ``[3, S, S]``, by frame number.
 
-    A clip's file is named by a hash of its path, its length, its modification time and how frames are made, so a
-    changed video or setting never meets old frames. Records carry checksums: torn or damaged ones count as absent.
-    Several processes may read and write at once.
+    A clip's file is named by a hash of its path, its length, its modification time and how frames are made, by which
+    decoder too, so a changed video or setting never meets old frames. Records carry checksums: torn or damaged ones
+    count as absent. Several processes may read and write at once.
 
     Args:
         folder: made if absent.

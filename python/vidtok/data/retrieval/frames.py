@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
 from bisect import bisect_left, bisect_right
@@ -143,7 +144,8 @@ class FrameLoader:
         rng = random.Random(repr(seed)) if rule.shift or rule.order == "random" else None
         if self.cache is not None:
             try:
-                key = self.cache.key(clip.path, clip.span, rule.size, rule.rate, "short bicubic centre")
+                made_by = ("short bicubic centre", _decoder(self.backend))
+                key = self.cache.key(clip.path, clip.span, rule.size, rule.rate, *made_by)
             except OSError as error:
                 raise VideoError(f"expected a video file, got {shown(str(clip.path))}: {error.strerror}") from None
             facts = self.cache.facts(key)
@@ -198,6 +200,14 @@ def _candidates(video: VideoReader, span: tuple[float, float] | None, rate: floa
         return [first, last]
     stamps = np.asarray(video.timestamps[first:last])
     return [first, last, [first + i for i in sampling.fps(stamps, rate)]]  # type: ignore[arg-type]
+
+
+def _decoder(backend: str) -> str:
+    """What decides who decodes, as decoders differ in a few values; known without opening a file."""
+    if backend != "auto":
+        return backend
+    # PyAV serves only files on which decord fails, which it does again.
+    return "decord, else pyav" if importlib.util.find_spec("decord") is not None else "pyav"
 
 
 def _sound(facts: dict[str, Any]) -> bool:
