@@ -114,6 +114,17 @@ def process(folder: str) -> None:
         Small(0.0), data, recipe, Path(folder) / "two", accelerator=accelerator, log_every=1,
         evaluate=lambda model, epoch: scores(model, data, accelerator),
     )  # fmt: skip
+    # A process killed before the last evaluation: both evaluate when they go on.
+    log = Path(folder) / "two/log.jsonl"
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    accelerator.wait_for_everyone()
+    again = train(
+        Small(0.0), data, recipe, Path(folder) / "two", accelerator=accelerator_for(recipe, cpu=True), resume="auto",
+        evaluate=lambda model, epoch: scores(model, data, accelerator),
+    )  # fmt: skip
+    assert again.scores == done.scores[-1:]
     if accelerator.is_main_process:
         torch.save({"state": state(done.model), "scores": done.scores}, Path(folder) / "two.pt")
     accelerator.end_training()

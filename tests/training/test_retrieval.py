@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -347,6 +348,50 @@ def test_checkpoints_of_two_runs_do_not_mix(data: TrainingPairs, tmp_path: Path)
     back = run(data, tmp_path / "other", resume=tmp_path / "other/checkpoints/step_00000012", stop_after=2)
     assert back.steps == 14
     assert sorted(p.name for p in (tmp_path / "other/checkpoints").iterdir()) == ["step_00000012", "step_00000014"]
+
+
+def test_a_run_killed_before_it_evaluates_evaluates_when_it_goes_on(data: TrainingPairs, tmp_path: Path) -> None:
+    seen: list[tuple[int, bool]] = []
+
+    def score(model: Any, epoch: int, kill: int | None = None) -> dict[str, float]:
+        if epoch == kill:
+            raise KeyboardInterrupt
+        weights = state(accelerator_for(RECIPE, cpu=True).unwrap_model(model))
+        seen.append((epoch, same(weights, after.setdefault(epoch, weights))))
+        return {"right": float(epoch)}
+
+    after: dict[int, dict[str, torch.Tensor]] = {}
+    whole = run(data, tmp_path / "whole", evaluate=score)
+    lines = [(line["step"], line["right"]) for line in log(tmp_path / "whole") if "right" in line]
+    assert lines == [(4, 0), (8, 1), (12, 2), (16, 3)]
+    for kill, folder in ((0, "first"), (1, "second"), (3, "last")):
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path / folder, evaluate=lambda m, e, kill=kill: score(m, e, kill))
+        # Killed amid a line, too.
+        with (tmp_path / folder / "log.jsonl").open("a") as file:
+            file.write('{"step": ' + str(4 * kill + 4))
+        seen.clear()
+        done = run(data, tmp_path / folder, resume="auto", evaluate=score)
+        assert seen == [(epoch, True) for epoch in range(kill, 4)] and done.scores[-1] == {"right": 3.0}
+        assert same(state(done.model), state(whole.model))
+        text = (tmp_path / folder / "log.jsonl").read_text().replace('{"step": ' + str(4 * kill + 4) + "\n", "")
+        found = [json.loads(line) for line in text.splitlines()]
+        assert [(line["step"], line["right"]) for line in found if "right" in line] == lines
+        # Nothing is evaluated twice.
+        seen.clear()
+        assert run(data, tmp_path / folder, resume="auto", evaluate=score).scores == seen == []
+
+
+def test_each_run_has_a_log_of_its_own(data: TrainingPairs, tmp_path: Path) -> None:
+    run(data, tmp_path, stop_after=4, log_every=1)
+    run(data, tmp_path, resume="auto", log_every=4)
+    first = (tmp_path / "log.jsonl").read_text()
+    assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 4, 8, 12, 16]
+    for number in (1, 2):
+        shutil.rmtree(tmp_path / "checkpoints")
+        run(data, tmp_path, resume="auto" if number == 1 else None, log_every=8)
+        assert [line["step"] for line in log(tmp_path)] == [8, 16]
+        assert (tmp_path / "log.1.jsonl").read_text() == first and (tmp_path / "log.2.jsonl").exists() == (number == 2)
 
 
 def test_the_settings_of_the_model_are_those_of_the_checkpoint(data: TrainingPairs, tmp_path: Path) -> None:

@@ -187,7 +187,16 @@ def train(
     steps, begun = done, done
     loss, scores = torch.zeros(()), []
     unreadable: set[int] = set()
-    with Records(Path(output_dir), accelerator, tensorboard) as records:
+    with Records(Path(output_dir), accelerator, tensorboard, fresh=not done) as records:
+
+        def score(epoch: int) -> None:
+            if evaluate is not None:
+                scores.append(evaluate(model, epoch))
+                records.scores(steps, epoch, scores[-1])
+
+        if done and done % per_epoch == 0 and not _of_main(done in records.scored, accelerator):
+            # The run that wrote the checkpoint ended before it had evaluated.
+            score(done // per_epoch - 1)
         for epoch in range(done // per_epoch, recipe.epochs):
             data.begin(epoch)
             order.begin(epoch)
@@ -224,14 +233,21 @@ def train(
                 break
             _number(loss, steps)
             saved.save(steps)
-            if evaluate is not None:
-                scores.append(evaluate(model, epoch))
-                records.scores(steps, epoch, scores[-1])
+            score(epoch)
             if stop_after is not None and steps - begun >= stop_after:
                 break
     accelerator.wait_for_everyone()
     names = _everywhere({data.pairs.clips[i].name for i in unreadable}, accelerator)
     return Trained(accelerator.unwrap_model(model), steps, float(loss.detach()), scores, names)
+
+
+def _of_main(value: bool, accelerator: Any) -> bool:
+    """What the main process says, in all of them."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return bool(broadcast_object_list([value])[0])
 
 
 def _everywhere(names: set[str], accelerator: Any) -> list[str]:
