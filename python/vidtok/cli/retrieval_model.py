@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -39,34 +38,16 @@ def _whole(text: str) -> int:
 def locate(name: str) -> Path:
     """The file or folder of CLIP weights that a path or a name stands for; nothing is downloaded.
 
-    Names of OpenAI's release are looked for as ``ViT-B-32.pt`` in the working folder, in ``modules`` and in
-    ``~/.cache/clip``, and with names of the hub in its local cache.
-
     Raises:
         InputError: when nothing is there.
     """
-    from vidtok.systems.stop import NAMES
+    from vidtok.systems.stop.files import find, places
 
-    if Path(name).exists():
-        return Path(name)
-    file = f"{name.replace('/', '-').replace('@', '-')}.pt"
-    known = name in NAMES
-    places = [Path(file), Path("modules", file), Path.home() / ".cache" / "clip" / file] if known else []
-    for place in places:
-        if place.is_file():
-            return place
-    repository = NAMES.get(name, name)
-    if repository.count("/") == 1 and not os.path.isabs(repository):
-        from huggingface_hub import try_to_load_from_cache
-
-        for weights in ("model.safetensors", "pytorch_model.bin"):
-            try:
-                found = try_to_load_from_cache(repository, weights)
-            except ValueError:
-                break
-            if isinstance(found, str):
-                return Path(found).parent
-    looked = f" or {file} in ., modules, ~/.cache/clip" if known else ""
+    found = find(name)
+    if found is not None:
+        return found
+    known = places(name)
+    looked = f" or {known[0].name} in ., modules, ~/.cache/clip" if known else ""
     raise InputError(f"expected --pretrained_clip_name as a path, a name in the hub's cache{looked}, got {name!r}")
 
 

@@ -202,21 +202,30 @@ def test_names_of_the_release_are_those_of_its_files(tmp_path, monkeypatch):
     assert load("ViT-L/14@336px", vision_heads=4, text_heads=4).sizes.patch == 8
 
 
-@pytest.mark.parametrize("there", [("model.safetensors", "pytorch_model.bin"), ("pytorch_model.bin",)])
-def test_repositories_may_have_pickles_alone(tmp_path, monkeypatch, there):
-    state, asked = tiny(seed=0).clip.state_dict(), []
+@pytest.mark.parametrize("there", ["model.safetensors", "pytorch_model.bin"])
+def test_the_hubs_cache_is_looked_in_and_nothing_is_downloaded(tmp_path, monkeypatch, there):
+    state = tiny(seed=0).clip.state_dict()
 
-    def download(name, allow_patterns):
-        asked.append((name, *allow_patterns))
-        for file in set(allow_patterns) & set(there):
-            (save_file if file.endswith("tensors") else torch.save)(state, tmp_path / file)
-        return str(tmp_path)
+    def reached(*_, **__):
+        raise AssertionError("the network was asked")
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert load("ViT-B/32", vision_heads=4, text_heads=4).sizes.patch == 8
-    wanted = ["model.safetensors", "pytorch_model.bin"][: 3 - len(there)]
-    assert asked == [("openai/clip-vit-base-patch32", "config.json", weights) for weights in wanted]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    # As where the hub can be reached.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.socket.connect", reached)
+    monkeypatch.setattr("socket.getaddrinfo", reached)
+    for name in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(f"huggingface_hub.{name}", reached)
+    with pytest.raises(ValueError, match=r"that this machine holds \(nothing is downloaded\), got 'ViT-B/32'"):
+        load("ViT-B/32")
+    kept = tmp_path / "hub/models--openai--clip-vit-base-patch32"
+    (kept / "snapshots/abc").mkdir(parents=True)
+    (kept / "refs").mkdir()
+    (kept / "refs/main").write_text("abc")
+    (save_file if there.endswith("tensors") else torch.save)(state, kept / "snapshots/abc" / there)
+    for name in ("ViT-B/32", "openai/clip-vit-base-patch32"):
+        assert load(name, vision_heads=4, text_heads=4).sizes.patch == 8
 
 
 def test_names_that_are_not_there(tmp_path, monkeypatch):
@@ -226,7 +235,8 @@ def test_names_that_are_not_there(tmp_path, monkeypatch):
         load("ViT-Q")
     with pytest.raises(ValueError, match="expected a path that exists"):
         load("models/missing.pt")
-    with pytest.raises(ValueError, match=r"repository of the Hugging Face hub that can be reached, got 'a/b-1.5'"):
-        load("a/b-1.5")
+    for name in ("a/b-1.5", "a/b/c", "a/..", "/a"):
+        with pytest.raises(ValueError, match=r"a repository of the hub that this machine holds .*, got '"):
+            load(name)
     with pytest.raises(ValueError, match=r"model.safetensors or pytorch_model.bin in .*, got neither"):
         load(tmp_path)

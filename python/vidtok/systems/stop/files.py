@@ -24,7 +24,6 @@ NAMES = {
     "ViT-L/14": "openai/clip-vit-large-patch14",
     "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
 }
-_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -42,42 +41,45 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return found.get("state_dict", found) if isinstance(found, dict) else found
 
 
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+def find(name: str) -> Path | None:
+    """The file or folder of weights that a path or a name stands for; None where nothing is, as nothing is downloaded.
 
-    try:
+    Names of OpenAI's release are looked for as ``ViT-B-32.pt`` in the working folder, in ``modules`` and in
+    ``~/.cache/clip``, and with names of the hub in its local cache.
+    """
+    if Path(name).exists():
+        return Path(name)
+    for place in places(name):
+        if place.is_file():
+            return place
+    repository = NAMES.get(name, name)
+    if repository.count("/") == 1 and not os.path.isabs(repository):
+        from huggingface_hub import try_to_load_from_cache
+
+        # Not every repository of OpenAI's has safetensors.
         for weights in _WEIGHTS:
-            folder = Path(snapshot_download(name, allow_patterns=["config.json", weights]))
-            # Not every repository of OpenAI's has safetensors.
-            if (folder / weights).exists():
-                break
-        return folder
-    except Exception as error:
-        raise ValueError(
-            f"expected a path, one of {', '.join(NAMES)} or a repository of the Hugging Face hub that can be reached, "
-            f"got {name!r} ({type(error).__name__})"
-        ) from error
+            try:
+                found = try_to_load_from_cache(repository, weights)
+            except ValueError:
+                return None
+            if isinstance(found, str):
+                return Path(found).parent
+    return None
 
 
-def _locate(name: str) -> Path:
-    path = Path(name)
-    if path.exists():
-        return path
-    own = Path.home() / ".cache" / "clip" / f"{name.replace('/', '-').replace('@', '-')}.pt"
-    if name in NAMES:
-        return own if own.exists() else _download(NAMES[name])
-    if name.count("/") != 1 or path.is_absolute() or path.suffix in _SUFFIXES:
-        _check.fail(f"a path that exists, or one of {', '.join(NAMES)}", repr(name))
-    return _download(name)
+def places(name: str) -> list[Path]:
+    """Where the file of a name of OpenAI's release may lie; nowhere for other names."""
+    file = f"{name.replace('/', '-').replace('@', '-')}.pt"
+    return [Path(file), Path("modules", file), Path.home() / ".cache" / "clip" / file] if name in NAMES else []
 
 
 def load(name_or_path: str | os.PathLike[str], **config: Any) -> CLIP4Clip:
     """A retrieval model from weights of CLIP or from what :func:`save` wrote.
 
     Args:
-        name_or_path: a file, a directory with ``config.json`` and ``model.safetensors``, a name of the
-            original release (``"ViT-B/32"``: ``~/.cache/clip`` first, then the Hugging Face hub), or a
-            repository of the hub.
+        name_or_path: a file, a directory with ``config.json`` and ``model.safetensors``, a name of the original
+            release (``"ViT-B/32"``: ``ViT-B-32.pt`` in the working folder, ``modules`` or ``~/.cache/clip``, or the
+            hub's local cache), or a repository that the hub's local cache holds. Nothing is downloaded.
         config: fields of :class:`Config`; those of a saved model change what it was saved with.
 
     Raises:
@@ -86,7 +88,10 @@ def load(name_or_path: str | os.PathLike[str], **config: Any) -> CLIP4Clip:
     Example:
         >>> model = load("ViT-B/32", temporal_prompt="DGL", tome_r=2)  # doctest: +SKIP
     """
-    path = _locate(os.fspath(name_or_path))
+    path = find(os.fspath(name_or_path))
+    if path is None:
+        held = f"one of {', '.join(NAMES)} or a repository of the hub that this machine holds (nothing is downloaded)"
+        _check.fail(f"a path that exists, or {held}", repr(name_or_path))
     if not path.is_dir():
         return CLIP4Clip(None, read(path), Config.of(None, **config))
     weights = next((path / name for name in _WEIGHTS if (path / name).exists()), None)
