@@ -451,9 +451,13 @@ def test_missing_videos(call: Callable[..., Said], made: dict[str, Path], tmp_pa
     assert (
         said.code == 0
         and "1 of 8 videos missing" in said.err
-        and "1 videos do not decode and are left out: video7" in said.err
+        and "1 video left out for not decoding: video7" in said.err
     )
+    assert "Evaluating on 7 videos with 7 captions" in said.err
     assert json.loads((tmp_path / "out/metrics.json").read_text())["text_to_video"]["queries"] == 6
+    (tmp_path / "videos/video6.mp4").unlink()
+    (tmp_path / "videos/video6.mp4").write_bytes(b"nor does this")
+    assert "2 videos left out for not decoding: video6, video7" in call(*options, "--allow_missing").err
 
 
 def test_weights_to_begin_from(call: Callable[..., Said], made: dict[str, Path], tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from vidtok.data.retrieval import (
     load_tokenizer,
 )
 from vidtok.data.retrieval.frames import ORDERS, POSITIONS
+from vidtok.data.retrieval.pairs import counted
 from vidtok.evaluation.retrieval import GALLERIES
 from vidtok.training.folders import recover
 from vidtok.training.retrieval import Recipe, accelerator_for, train
@@ -70,7 +71,7 @@ def _run(options: RetrievalOptions, model: Any) -> dict[str, Any]:
         testing = _pairs(options, options.split) if options.do_eval else None
     for what, pairs in (("Training on", training), ("Evaluating on", testing)):
         if pairs is not None:
-            talk(f"{what} {len(pairs.clips)} videos with {len(pairs)} captions")
+            talk(f"{what} {counted(len(pairs.clips), 'video')} with {counted(len(pairs), 'caption')}")
     try:
         Path(options.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -200,7 +201,7 @@ def _evaluate(
             gallery=options.gallery, accelerator=accelerator, notify=notify,
             sources=traced and own.tome is not None,
         )  # fmt: skip
-    _unreadable(talk, scores["unreadable"], "are left out")
+    _unreadable(talk, scores["unreadable"], "left out")
     if traced and accelerator.is_main_process:
         _write_sources(scores, Path(options.output_dir) / "sources.npz", talk)
     return {k: v for k, v in scores.items() if k not in ("sources", "clips")}
@@ -219,7 +220,7 @@ def _write_sources(scores: dict[str, Any], path: Path, talk: Talk) -> None:
 
 def _unreadable(talk: Talk, names: list[str], what: str) -> None:
     if names:
-        talk(f"{len(names)} videos do not decode and {what}: {one_line(', '.join(names))}")
+        talk(f"{counted(len(names), 'video')} {what} for not decoding: {one_line(', '.join(names))}")
 
 
 def _train(
@@ -259,7 +260,7 @@ def _train(
             evaluate=after if test is not None else None,
             notify=lambda steps, total, loss: notify(steps, total, f"loss {loss:.3f}"),
         )  # fmt: skip
-    _unreadable(talk, done.unreadable, "were replaced")
+    _unreadable(talk, done.unreadable, "replaced")
     save(accelerator, done.model, words, model_folder)
     if test is not None and not done.scores:
         # A run whose last step was done before it began.

@@ -187,7 +187,7 @@ def test_missing_annotation_files_are_named_and_counted(tmp_path: Path) -> None:
 
 def test_videos_without_captions_are_named(tmp_path: Path) -> None:
     root = write(tmp_path, {**msrvtt_files(), "MSRVTT_train.9k.csv": "video_id\nvideo7\nvideo9\n"})
-    with pytest.warns(UserWarning, match="1 videos without captions are left out: video9"):
+    with pytest.warns(UserWarning, match="1 video left out for want of captions: video9"):
         pairs = load_pairs("msrvtt", "train", root, videos(tmp_path, "video7.mp4", "video9.mp4"))
     assert pairs.blank == ("video9",) and len(pairs.clips) == 1
 

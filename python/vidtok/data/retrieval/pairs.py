@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +51,6 @@ class Pairs:
 
     def of(self, clip: int) -> list[int]:
         """Numbers of the captions of one clip."""
-        from bisect import bisect_left, bisect_right
-
         return list(range(bisect_left(self.owner, clip), bisect_right(self.owner, clip)))
 
 
@@ -105,10 +104,15 @@ def load_pairs(
         clips.append(Clip(name, path, said.spans.get(name)))
     _report(missing, len(said.captions) - len(blank), folder.root, allow_missing)
     if blank:
-        warnings.warn(f"{len(blank)} videos without captions are left out: {_few(blank)}", stacklevel=2)
+        warnings.warn(f"{counted(len(blank), 'video')} left out for want of captions: {_few(blank)}", stacklevel=2)
     if not captions:
         fail(f"captioned videos in the {split} split of {datatype}", "none")
     return Pairs(tuple(clips), tuple(captions), tuple(owner), tuple(missing), tuple(blank))
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 video``, ``2 videos``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _report(missing: list[str], count: int, root: Path, allowed: bool) -> None:
