@@ -391,6 +391,7 @@ def test_a_spec_says_what_the_options_say():
         ({"metric": "queries"}, "metric as one of"),
         ({"frame_pos": 1}, "frame_pos as True or False"),
         ({"protected": -1}, "protected"),
+        ({"protected": torch.zeros(9, 9, dtype=torch.bool)}, r"\(a mask is for tome alone\), got torch.bool \[9, 9\]"),
     ],
 )
 def test_refused(changed, words):

@@ -107,7 +107,7 @@ class FrameMerging(Merging):
             if any(isinstance(part, Tensor) and part.dim() for part in (value if _is_several(value) else (value,))):
                 raise ValueError(
                     f"expected blocks of {type(self.tower).__name__} that get their tokens only for merging across "
-                    f"frames, got {name} too, which does not join"
+                    f"frames, got {name} too, which does not join ('tome' merges in each frame)"
                 )
         x = run.step(index).join(args[0], self._positions(run, index))
         return super().forward(block, run, index, (x, *args[1:]), kwargs)
@@ -177,5 +177,8 @@ def kind_of(kind: type[Merging], options: Any, tower: nn.Module) -> type[Merging
     if not isinstance(options, TempMe):
         return kind
     if kind is not Merging:
-        raise ValueError(f"expected a tower whose batch is frames for 'tempme', got {type(tower).__name__}")
+        raise ValueError(
+            f"expected a tower whose batch is frames for 'tempme', got {type(tower).__name__}, whose sequences lie "
+            "behind one another ('tome' merges in it)"
+        )
     return FrameMerging

@@ -207,7 +207,9 @@ class PackedMerging(Merging):
     ) -> None:
         name = type(tower).__name__
         if isinstance(options.protected, Tensor):
-            raise ValueError(f"expected protected as a number of tokens of each window of {name}, got a mask")
+            raise ValueError(
+                f"expected protected as a number of tokens in front of each window or frame of {name}, got a mask"
+            )
         full = set(getattr(tower, "fullatt_block_indexes", None) or ())
         if 0 in full and len(full) < len(blocks):
             raise ValueError(f"expected {name} to attend inside windows in its first block, got full attention there")

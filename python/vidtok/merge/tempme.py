@@ -138,7 +138,7 @@ class TempMe:
             if not isinstance(getattr(self, name), bool):
                 _check.fail(f"{name} as True or False", repr(getattr(self, name)))
         if not _is_int(self.protected) or self.protected < 0:
-            _check.fail("protected as an integer of at least 0", repr(self.protected))
+            _check.fail("protected as an integer of at least 0 (a mask is for tome alone)", self.protected)
         _ = self.schedule
 
     @cached_property

@@ -349,6 +349,24 @@ def test_a_mask_of_another_shape(mask):
         model(**inputs("vit"))
 
 
+@pytest.mark.parametrize("kind", [name for name in ("dinov3_vit", "siglip2") if name in NAMES])
+def test_across_frames_blocks_get_their_tokens_only(kind):
+    model, given = make(kind), inputs(kind)
+    if kind == "siglip2":
+        given["pixel_attention_mask"][0, -4:] = 0
+    with torch.no_grad():
+        want = model(**given).last_hidden_state
+        with (
+            vidtok.attach(model, vision="tempme:frames=2,r=2,merge_layers=[1],merge_frames=[2]"),
+            pytest.raises(
+                ValueError, match=r"get their tokens only for .*, got (position_emb|arg|attention_m)"
+            ) as error,
+        ):
+            model(**given)
+        assert "\n" not in str(error.value) and "'tome' merges in each frame" in str(error.value)
+        assert torch.equal(model(**given).last_hidden_state, want)
+
+
 def test_a_model_without_a_tower():
     with pytest.raises(ValueError) as error:
         vidtok.attach(nn.Sequential(nn.Linear(2, 2)), vision="tome:r=2")

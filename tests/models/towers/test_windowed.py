@@ -334,8 +334,14 @@ def test_recorded_states_are_full():
 
 def test_refused():
     own = tower(make("qwen2_5_vl"))
-    with pytest.raises(ValueError, match="number of tokens of each window"):
-        vidtok.attach(own, vision=ToMe(r=2, protected=torch.zeros(3, dtype=torch.bool)))
+    for name in ("qwen2_vl", "qwen2_5_vl"):
+        packed = tower(make(name))
+        with pytest.raises(
+            ValueError, match=r"number of tokens in front of each window or frame of Qwen2.* got a mask"
+        ):
+            vidtok.attach(packed, vision=ToMe(r=2, protected=torch.zeros(3, dtype=torch.bool)))
+        with pytest.raises(ValueError, match=r"for 'tempme', got Qwen2.*, whose sequences lie behind one another"):
+            vidtok.attach(packed, vision="tempme:frames=2,merge_layers=[1,2],merge_frames=[2,2]")
     with pytest.raises(ValueError, match="4 layers, got 3"):
         vidtok.attach(own, vision=ToMe(r=[1, 2, 3]))
     other = copy.deepcopy(own)
