@@ -15,6 +15,7 @@
 #include "vidtok/plan_apply.h"
 #include "vidtok/pool_packed.h"
 #include "vidtok/position_remap.h"
+#include "vidtok/proportional_attention.h"
 #include "vidtok/topk_select.h"
 
 namespace py = pybind11;
@@ -225,6 +226,28 @@ PYBIND11_MODULE(_C, m) {
                ClusterDpcKnnArgs{ptr<const void>(x), static_cast<DType>(dtype), n, c, x_stride,
                                  ptr<const int32_t>(cu_seqlens), segments, ptr<const int64_t>(num_clusters), num_counts,
                                  k, ptr<int64_t>(assignment), ptr<int64_t>(center), workspace, threads});
+  });
+  m.def("proportional_attention", [](uintptr_t q, uintptr_t k, uintptr_t v, int dtype, int64_t batch, int64_t heads,
+                                     int64_t rows, int64_t keys, int64_t dim, const std::vector<int64_t>& strides,
+                                     uintptr_t bias, int64_t bias_stride, float scale, uintptr_t out, int threads) {
+    const int64_t* s = strides.data();
+    return run(proportional_attention, ProportionalAttentionArgs{ptr<const void>(q),
+                                                                 ptr<const void>(k),
+                                                                 ptr<const void>(v),
+                                                                 static_cast<DType>(dtype),
+                                                                 batch,
+                                                                 heads,
+                                                                 rows,
+                                                                 keys,
+                                                                 dim,
+                                                                 {s[0], s[1], s[2]},
+                                                                 {s[3], s[4], s[5]},
+                                                                 {s[6], s[7], s[8]},
+                                                                 ptr<const float>(bias),
+                                                                 bias_stride,
+                                                                 scale,
+                                                                 ptr<void>(out),
+                                                                 threads});
   });
   m.def("peak_flops", [](int64_t rounds, int threads) {
     double flops = 0;

@@ -11,6 +11,7 @@
 #include "cpu/plan_apply.h"
 #include "cpu/pool_packed.h"
 #include "cpu/position_remap.h"
+#include "cpu/proportional_attention.h"
 #include "cpu/topk_select.h"
 
 namespace vidtok {
@@ -32,6 +33,7 @@ struct Kernels {
   ClusterKernels cluster;
   ContourKernels contour;
   PeakKernels peak;
+  ProportionalAttentionKernels proportional_attention;
 };
 
 extern const Kernels kernels_scalar;

@@ -12,6 +12,7 @@
 #include "cpu/simd/plan_apply.inl"
 #include "cpu/simd/pool_packed.inl"
 #include "cpu/simd/position_remap.inl"
+#include "cpu/simd/proportional_attention.inl"
 #include "cpu/simd/topk_select.inl"
 
 #define VIDTOK_CONCAT_(a, b) a##b
@@ -32,6 +33,7 @@ const Kernels VIDTOK_CONCAT(kernels_, VIDTOK_ISA) = {
     VIDTOK_ISA::cluster_kernels,
     VIDTOK_ISA::contour_kernels,
     VIDTOK_ISA::peak_kernels,
+    VIDTOK_ISA::proportional_attention_kernels,
 };
 
 }  // namespace vidtok

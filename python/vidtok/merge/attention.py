@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidtok.kernels import select
+from vidtok.kernels.native.proportional_attention import proportional_attention
+
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
@@ -56,58 +59,82 @@ def choose(form: str, device: torch.device, flash: bool) -> str:
     return "mask" if device.type == "cpu" else "channel"
 
 
-# Scores of a few heads at a time stay in a core's cache.
-_SCORES = 1 << 18
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
-def _slow_bf16() -> bool:
-    # PyTorch's fused attention multiplies bf16 by AMX; without it, plain products take less time.
-    amx, own = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
-    return own is not None and own() and not (amx is not None and amx())
+def _vectors() -> bool:
+    return str(select.build_info().get("isa", "scalar")) != "scalar"
 
 
-def in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> bool:
-    """Whether :func:`products` serves and is faster: bf16 on a CPU, a mask of keys, no gradients."""
-    return (
-        q.dtype == torch.bfloat16
-        and q.device.type == "cpu"
-        and mask.dtype == q.dtype
-        and mask.shape == (q.shape[0], 1, 1, k.shape[2])
-        and k.shape[1] == q.shape[1]
-        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        and not torch.compiler.is_compiling()
-        and _slow_bf16()
+@functools.cache
+def _amx() -> bool:
+    # PyTorch's fused attention multiplies bf16 by AMX, which has not been measured against.
+    check = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return check is not None and bool(check())
+
+
+def _watched() -> bool:
+    # Counters of operations, fake tensors, function transforms and forward gradients see PyTorch's operators only.
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 
-def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention as two products with a softmax between them, the first and the softmax in fp32."""
-    (batch, heads, rows, _), keys = q.shape, k.shape[2]
-    few = max(1, min(heads, _SCORES // max(1, rows * keys)))
-    scores = q.new_empty(few, rows, keys, dtype=torch.float32)
-    weights = torch.empty_like(scores, dtype=v.dtype)
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    bias = mask[:, 0].float()
-    # Where every key is hidden, fused attention gives zeros, a softmax NaN.
-    hidden = bias.isneginf().all(-1).flatten().tolist()
-    for i in range(batch):
-        if hidden[i]:
-            out[i].zero_()
-            continue
-        ask, keep = q[i].float(), k[i].float().transpose(1, 2)
-        for h in range(0, heads, few):
-            part = slice(0, min(few, heads - h))
-            here = slice(h, h + part.stop)
-            torch.baddbmm(bias[i], ask[here], keep[here], alpha=scale, out=scores[part])
-            torch.softmax(scores[part], -1, out=scores[part])
-            weights[part].copy_(scores[part])
-            torch.bmm(weights[part], v[i, here], out=out[i, here])
-    return out
+def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether the compiled kernel takes these, and is faster than PyTorch's fused attention.
+
+    It takes ``[B, H, N, D]`` of one shape but for the queries' N on a CPU, a mask of keys ``[B or 1, 1, 1, M]`` to be
+    added or none, and gives no gradients.
+    """
+    dtype = q.dtype
+    return (
+        q.device.type == "cpu"
+        and select.state.native
+        and not torch.compiler.is_compiling()
+        and not _watched()
+        and type(q) is type(k) is type(v) is Tensor
+        and dtype in _DTYPES
+        and k.dtype == v.dtype == dtype
+        and q.dim() == 4
+        and k.shape == v.shape
+        and (q.shape[0], q.shape[1], q.shape[3]) == (k.shape[0], k.shape[1], k.shape[3])
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        and (mask is None or _of_keys(mask, k))
+        # A row or two are not worth packing their keys.
+        and (q.shape[2] > 2 or dtype != torch.float32)
+        and (dtype == torch.get_autocast_dtype("cpu") or not torch.is_autocast_enabled("cpu"))
+        and not (dtype == torch.bfloat16 and _amx())
+        and select.holds("proportional_attention")
+        and _vectors()
+    )
+
+
+def _of_keys(mask: Tensor, k: Tensor) -> bool:
+    shape = mask.shape
+    return (
+        mask.is_floating_point()
+        and not mask.requires_grad
+        and mask.dim() == 4
+        and shape[0] in (1, k.shape[0])
+        and shape[1] == shape[2] == 1
+        and shape[3] == k.shape[2]
+    )
+
+
+def compiled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The compiled kernel, for what :func:`serves` says it does."""
+    return proportional_attention(q, k, v, None if mask is None else mask[:, 0, 0].float(), scale)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """PyTorch's fused attention, ``[B, H, N, D]`` in and out."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """``[B, H, N, D]`` in and out."""
-    if mask is not None and in_products(q, k, v, mask):
-        return products(q, k, v, mask, scale)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    """The compiled kernel where it serves, PyTorch's fused attention elsewhere; ``[B, H, N, D]`` in and out."""
+    return compiled(q, k, v, mask, scale) if serves(q, k, v, mask) else plain(q, k, v, mask, scale)

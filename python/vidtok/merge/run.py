@@ -29,6 +29,9 @@ class Run:
         self.place: list[Tensor | None] = [None] * (layers + 1)
         #: Tokens of a sequence that enter each block's MLP, and the first block.
         self.tokens: list[int] = [0] * (layers + 1)
+        #: Whether attention is PyTorch's, whose forward pass has the same bits with and without gradients: a
+        #: checkpoint runs a block both ways, and both must merge the same tokens.
+        self.trained = False
         #: The block that comes next, and how many sequences the first one got.
         self.next = self.batch = 0
 
@@ -68,10 +71,19 @@ class Step:
         return self.run.merges[self.index] <= 0 and self.size is None
 
     @property
+    def free(self) -> bool:
+        """Whether attention may be another than PyTorch's: as near to softmax, with other bits."""
+        return self._works and not self.run.trained
+
+    @property
+    def _works(self) -> bool:
+        run = self.run
+        return run.merges[self.index] > 0 or (self.size is not None and run.options.prop_attn)
+
+    @property
     def silent(self) -> bool:
         """Whether the attention half has not reported what merging and weighing by size need."""
-        run = self.run
-        return not self.noted and (run.merges[self.index] > 0 or (self.size is not None and run.options.prop_attn))
+        return not self.noted and self._works
 
     @property
     def size(self) -> Tensor | None:
@@ -103,7 +115,7 @@ class Step:
         *,
         mask: Tensor | None = None,
         scale: float | None = None,
-        attend: attention.Attend = attention.sdpa,
+        attend: attention.Attend | None = None,
         flash: bool = False,
     ) -> Any:
         r"""Attention whose keys weigh by size: :math:`softmax(q k^T scale + mask + \log size) v`.
@@ -112,12 +124,15 @@ class Step:
             q, k, v: ``[B, H, T, D]``; k and v may have fewer heads where ``attend`` allows it.
             mask: additive or bool, broadcast to ``[B, H, T, T]``.
             scale: 1/√D when None.
-            attend: ``(q, k, v, mask, scale)`` that does it; PyTorch's fused attention by default.
+            attend: ``(q, k, v, mask, scale)`` that does it; by default PyTorch's fused attention, or vidtok's own
+                where a pass without gradients merges and that is faster.
             flash: whether ``attend`` takes no additive mask.
         """
         self.note(k, v)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         size = self.weights(k)
+        if attend is None:
+            attend = attention.sdpa if self.free else attention.plain
         if size is None:
             return attend(q, k, v, mask, scale)
         form = attention.choose(self.run.options.form, q.device, flash)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vidtok.merge.attention import in_products, products
+from vidtok.merge.attention import compiled, serves
 from vidtok.merge.run import Step
 
 try:
@@ -119,10 +119,14 @@ def sized_attention(
     fused = implementation == "sdpa" and attention_mask is None and not kwargs.get("dropout")
     fused = fused and kwargs.get("softcap") is None and kwargs.get("position_bias") is None
 
+    fused = fused and config.step.free
+    # What transformers asks where there is no mask.
+    causal = kwargs["is_causal"] if kwargs.get("is_causal") is not None else getattr(module, "is_causal", True)
+
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        if fused and mask is not None and in_products(q, k, v, mask):
+        if fused and (mask is not None or not causal) and serves(q, k, v, mask):
             weights.append(None)
-            return products(q, k, v, mask, scale)
+            return compiled(q, k, v, mask, scale)
         out, weight = function(module, q, k, v, mask, scaling=scale, **kwargs)
         weights.append(weight)
         return out.transpose(1, 2)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidtok.merge.attention import in_products, products
+from vidtok.merge.attention import compiled, serves
 from vidtok.merge.run import Step, weighted_mean
 from vidtok.models.towers._base import Tower
 from vidtok.models.towers._heads import sizes
@@ -63,8 +63,6 @@ def placed(rope: Tensor, place: Tensor) -> Tensor:
 
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, width: int) -> Tensor:
     """Fused attention as libraries call it: they leave the scale of ``width`` channels to PyTorch, which rounds it."""
-    if mask is not None and dropout == 0 and in_products(q, k, v, mask):
-        return products(q, k, v, mask, scale)
     own = None if q.shape[-1] == width else scale
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=own)
 
@@ -88,7 +86,10 @@ def attention(attn: Any, x: Tensor, step: Step, mask: Any = None, is_causal: boo
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         if attn.fused_attn:
-            return fused(q, k, v, mask, scale, attn.attn_drop.p if attn.training else 0.0, attn.head_dim)
+            dropout = attn.attn_drop.p if attn.training else 0.0
+            if step.free and dropout == 0 and serves(q, k, v, mask):
+                return compiled(q, k, v, mask, scale)
+            return fused(q, k, v, mask, scale, dropout, attn.head_dim)
         weight = (q * scale) @ k.transpose(-2, -1)
         if mask is not None:
             weight = weight.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else weight + mask

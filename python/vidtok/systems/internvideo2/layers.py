@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidtok.merge.attention import Attend, sdpa
+from vidtok.merge.attention import Attend, plain, sdpa
 from vidtok.merge.run import weighted_mean
 from vidtok.systems.internvideo2.config import InternVideo2Config
 
@@ -100,9 +100,9 @@ class Attention(nn.Module):
                 f"{q.dtype} on {q.device.type}{'' if flash_function() else ' without the package'}"
             )
         flash = able and self.flash is not False
-        attend: Attend = _flash if flash else sdpa
+        attend: Attend | None = _flash if flash else None
         if step is None:
-            out = attend(q, k, v, None, self.scale)
+            out = (attend or plain)(q, k, v, None, self.scale)
         else:
             out = step.attention(q, k, v, scale=self.scale, attend=attend, flash=flash)
         return self.proj(out.transpose(1, 2).flatten(2))
