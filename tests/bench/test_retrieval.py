@@ -55,7 +55,7 @@ def test_a_set_has_the_layout_and_new_captions(folders: tuple[Path, Path, Any]) 
     def said(text: str) -> tuple[str, ...]:
         return tuple(
             max((w for w in words if w in text), key=len)
-            for words in (made.THINGS, made.COLOURS, made.PATHS, [s.text for s in made.SCENES])
+            for words in (made.THINGS.values(), made.COLOURS, made.PATHS, [s.text for s in made.SCENES])
         )
 
     assert not {said(t) for t in test.captions} & {said(t) for t in train.captions}
