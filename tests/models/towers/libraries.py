@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import io
 import sys
 import types
 from typing import Any
 
 import pytest
 import torch
+
+import vidtok
+from vidtok.merge import ToMe
 
 
 def load(name: str) -> Any:
@@ -38,3 +43,40 @@ def images(batch: int = 2, side: int = 32) -> torch.Tensor:
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
     assert got.shape == want.shape
     assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+def check_pool(model: Any, merges: list[int], family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``model`` pools weighs by size: without the sizes its output is another."""
+    with torch.no_grad():
+        with vidtok.attach(model, vision=ToMe(r=merges)):
+            want = model(images())
+        monkeypatch.setattr(f"vidtok.models.towers.{family}.sizes", lambda merging: None)
+        with vidtok.attach(model, vision=ToMe(r=merges)):
+            assert (model(images()) - want).norm() > 1e-3 * want.norm()
+
+
+def check_checkpointing(model: Any, merges: list[int]) -> None:
+    """Gradient checkpointing changes no gradient."""
+    grads = []
+    with vidtok.attach(model.train(), vision=ToMe(r=merges)):
+        for on in (False, True):
+            model.set_grad_checkpointing(on)
+            model.zero_grad()
+            # Two passes before the backward one.
+            (model(images()).square().mean() + model(2 * images(3)).square().mean()).backward()
+            grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def check_copies(model: Any, merges: list[int], kind: type) -> None:
+    """Copies and pickles of an attached model are plain ones of class ``kind``."""
+    with torch.no_grad():
+        want = model(images())
+        with vidtok.attach(model, vision=ToMe(r=merges)):
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+                assert type(other) is kind
+                assert torch.equal(other(images()), want)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +9,15 @@ from torch import Tensor
 
 import vidtok
 from tests.merge import reference
-from tests.models.towers.libraries import close, images, load, sharpen
+from tests.models.towers.libraries import (
+    check_checkpointing,
+    check_copies,
+    check_pool,
+    close,
+    images,
+    load,
+    sharpen,
+)
 from vidtok.merge import ToMe
 
 load("timm")
@@ -104,13 +109,7 @@ def test_no_merges_change_no_bit(name, training):
 
 @pytest.mark.parametrize("name", ["mean", "attention_pool", "two_pools"])
 def test_pools_that_count_tokens_alike_differ(name, monkeypatch):
-    model = make(name)
-    with torch.no_grad():
-        with vidtok.attach(model, vision=ToMe(r=MERGES)):
-            want = model(images())
-        monkeypatch.setattr("vidtok.models.towers.open_clip.sizes", lambda merging: None)
-        with vidtok.attach(model, vision=ToMe(r=MERGES)):
-            assert (model(images()) - want).norm() > 1e-3 * want.norm()
+    check_pool(make(name), MERGES, "open_clip", monkeypatch)
 
 
 def test_forms_agree():
@@ -121,15 +120,7 @@ def test_forms_agree():
 
 
 def test_checkpointing_changes_no_gradient():
-    model, grads = make("mean").train(), []
-    with vidtok.attach(model, vision=ToMe(r=MERGES)):
-        for on in (False, True):
-            model.set_grad_checkpointing(on)
-            model.zero_grad()
-            (model(images()).square().mean() + model(2 * images(3)).square().mean()).backward()
-            grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    for a, b in zip(*grads, strict=True):
-        assert torch.equal(a, b)
+    check_checkpointing(make("mean"), MERGES)
 
 
 def clip(vision: dict):
@@ -178,13 +169,4 @@ def test_blocks_that_do_not_fit_are_named():
 
 
 def test_copies_and_pickles_are_plain():
-    model = make("two_pools")
-    with torch.no_grad():
-        want = model(images())
-        with vidtok.attach(model, vision=ToMe(r=MERGES)):
-            file = io.BytesIO()
-            torch.save(model, file)
-            file.seek(0)
-            for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-                assert type(other) is open_clip.transformer.VisionTransformer
-                assert torch.equal(other(images()), want)
+    check_copies(make("two_pools"), MERGES, open_clip.transformer.VisionTransformer)

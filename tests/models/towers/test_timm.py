@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import io
-
 import pytest
 import torch
 from torch import Tensor
 
 import vidtok
 from tests.merge import reference
-from tests.models.towers.libraries import close, images, load, sharpen
+from tests.models.towers.libraries import (
+    check_checkpointing,
+    check_copies,
+    check_pool,
+    close,
+    images,
+    load,
+    sharpen,
+)
 from vidtok.merge import ToMe
 
 timm = load("timm")
@@ -160,13 +165,7 @@ def test_no_merges_change_no_bit(name):
 
 @pytest.mark.parametrize("name", ["mean", "map", "mean_max"])
 def test_pools_that_count_tokens_alike_differ(name, monkeypatch):
-    model = make(name)
-    with torch.no_grad():
-        with vidtok.attach(model, vision=ToMe(r=MERGES)):
-            want = model(images())
-        monkeypatch.setattr("vidtok.models.towers.timm.sizes", lambda merging: None)
-        with vidtok.attach(model, vision=ToMe(r=MERGES)):
-            assert (model(images()) - want).norm() > 1e-3 * want.norm()
+    check_pool(make(name), MERGES, "timm", monkeypatch)
 
 
 @pytest.mark.parametrize("form", ["mask", "channel"])
@@ -180,16 +179,7 @@ def test_forms_agree(form):
 
 @pytest.mark.parametrize("name", ["vit", "eva", "mean"])
 def test_checkpointing_changes_no_gradient(name):
-    model, grads = make(name).train(), []
-    with vidtok.attach(model, vision=ToMe(r=MERGES)):
-        for on in (False, True):
-            model.set_grad_checkpointing(on)
-            model.zero_grad()
-            # Two passes before the backward one.
-            (model(images()).square().mean() + model(2 * images(3)).square().mean()).backward()
-            grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    for a, b in zip(*grads, strict=True):
-        assert torch.equal(a, b)
+    check_checkpointing(make(name), MERGES)
 
 
 def test_a_mask_follows_the_tokens():
@@ -241,16 +231,8 @@ def test_blocks_that_do_not_fit_are_named(options, message):
 
 def test_copies_and_pickles_are_plain():
     model = make("mean")
-    with torch.no_grad():
-        want = model(images())
-        with vidtok.attach(model, vision=ToMe(r=MERGES)):
-            file = io.BytesIO()
-            torch.save(model, file)
-            file.seek(0)
-            for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-                assert type(other) is timm.models.vision_transformer.VisionTransformer
-                assert torch.equal(other(images()), want)
-        assert type(model) is timm.models.vision_transformer.VisionTransformer
+    check_copies(model, MERGES, timm.models.vision_transformer.VisionTransformer)
+    assert type(model) is timm.models.vision_transformer.VisionTransformer
 
 
 def test_one_graph():
