@@ -56,6 +56,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
+def fresh() -> Iterator[None]:
+    """accelerate keeps precision and device for the whole process; tiny tensors are slower on two threads."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on each instruction set this processor has."""
     from vidtok.kernels import select

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +31,7 @@ from vidtok.cli.retrieval_options import RetrievalOptions, make, parse
 from vidtok.data.retrieval import Words, load_tokenizer
 from vidtok.evaluation import Scores
 
+pytestmark = pytest.mark.usefixtures("fresh")
 ROOT = Path(__file__).parents[2]
 PUBLISHED = """
 python main.py \\
@@ -49,17 +50,6 @@ python main.py \\
     --sim_header "meanP" \\
     --temporal_prompt "DGL"
 """
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """accelerate keeps precision and device for the whole process; tiny tensors are slower on two threads."""
-    AcceleratorState._reset_state(True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")

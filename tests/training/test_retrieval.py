@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +26,8 @@ from vidtok.systems.stop import Config
 from vidtok.training import checkpoints as checkpoints_module
 from vidtok.training.retrieval import Recipe, accelerator_for, train
 
+pytestmark = pytest.mark.usefixtures("fresh")
 RECIPE = Recipe(lr=1e-2, coef_lr=0.5, epochs=4, batch_size=4, seed=1)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """accelerate keeps precision and device for the whole process; tiny tensors are slower on two threads."""
-    AcceleratorState._reset_state(True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")
