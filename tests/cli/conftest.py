@@ -1,4 +1,4 @@
-"""A tiny checkpoint on disk, and a clip."""
+"""A tiny checkpoint on disk, a clip, and a set of clips with captions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.data.conftest import write_video
+from tests.data.retrieval.make import msrvtt, tiny_checkpoint
 
 TINY: dict[str, Any] = {
     "layers": 2,
@@ -52,6 +53,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded.tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text('{"min_pixels": 3136, "max_pixels": 12544}')
     return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Places of a retrieval set, of its tokenizer and of a model for it."""
+    files = msrvtt(tmp_path_factory.mktemp("set"))
+    return {**files, "clip": tiny_checkpoint(files["root"] / "clip", files["tokenizer"])}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from vidtok.data.retrieval import (
 )
 from vidtok.evaluation import evaluate
 from vidtok.systems.stop import gather, symmetric_cross_entropy
+from vidtok.training.retrieval import Recipe, accelerator_for, train
+
+RECIPE = Recipe(lr=1e-2, coef_lr=0.5, epochs=4, batch_size=4, seed=1)
 
 
 class Noise:
@@ -87,6 +91,14 @@ def pairs_of(folder: Path, clips: int = 8, seed: int = 0, **options: Any) -> Tra
     return TrainingPairs(pairs, words, loader, seed, **options)
 
 
+def run(data: TrainingPairs, folder: Path, recipe: Recipe = RECIPE, model: Any = None, **options: Any) -> Any:
+    return train(model or Small(), data, recipe, folder, accelerator=accelerator_for(recipe, cpu=True), **options)
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def state(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
@@ -103,8 +115,6 @@ def scores(model: nn.Module, data: TrainingPairs, accelerator: Any = None) -> di
 
 def process(folder: str) -> None:
     """What each of two processes of the DDP test does."""
-    from vidtok.training.retrieval import Recipe, accelerator_for, train
-
     torch.set_num_threads(1)
     recipe = Recipe(lr=1e-2, coef_lr=1.0, epochs=2, batch_size=8, seed=3)
     accelerator = accelerator_for(recipe, cpu=True)
