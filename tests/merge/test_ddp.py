@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vidtok
-from tests.merge.test_tempme import SMALL, clip, pixels
+from tests.merge.tempme_models import SMALL, clip, pixels
 
 REPO = Path(__file__).parents[2]
 
@@ -21,7 +21,7 @@ import torch, vidtok
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tests.merge.test_ddp import Both, loss_of, make
-from tests.merge.test_tempme import pixels
+from tests.merge.tempme_models import pixels
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -54,7 +54,7 @@ SHARDS = """
 import torch, vidtok
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from tests.merge.test_tempme import clip, pixels, tower
+from tests.merge.tempme_models import clip, pixels, tower
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

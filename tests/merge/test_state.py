@@ -12,7 +12,7 @@ from torch import nn
 
 import vidtok
 from tests.merge.own_vit import Own, tokens
-from tests.merge.test_tempme import SMALL, clip, options, pixels, put, tower
+from tests.merge.tempme_models import SMALL, clip, options, pixels, put, tower
 from vidtok.merge import ToMe
 
 SPECS = ["tome:r=3", SMALL + ",frame_pos=true"]

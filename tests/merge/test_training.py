@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 import vidtok
 from tests.merge import reference
 from tests.merge.own_vit import Every, Own, attend, feed, tokens
-from tests.merge.test_tempme import SMALL, clip, options, pixels, put, tower
+from tests.merge.tempme_models import SMALL, clip, options, pixels, put, tower
 from tests.merge.videos import Clips, Mine, by_loops
 from vidtok.merge import ToMe, attach_any
 

@@ -256,6 +256,10 @@ def available(kind: str) -> bool:
     return importlib.util.find_spec(f"transformers.models.{kind}") is not None
 
 
+#: The kinds that this version of transformers has.
+NAMES = [name for name in KINDS if available(name)]
+
+
 def masked() -> list[str]:
     """Families whose towers take a mask of padding from the caller on this version."""
     towers = {kind: getattr(transformers, KINDS[kind].model) for kind in KINDS if available(kind)}

@@ -10,11 +10,9 @@ import torch
 import vidtok
 from tests.models import flash
 from tests.models.towers import dense
-from tests.models.towers.dense import KINDS, MERGES, by_loops, close, inputs, make, of
+from tests.models.towers.dense import KINDS, MERGES, NAMES, by_loops, close, inputs, make, of
 from vidtok.merge import ToMe
 from vidtok.models.towers import _masks, dinov3
-
-NAMES = [name for name in KINDS if dense.available(name)]
 
 
 def run(model, kind, options, **more):
