@@ -86,7 +86,7 @@ check-vision-libraries: install
 	$(TIMED) vision-libraries 2 env $(HF_OFFLINE) scripts/with_vision_libraries $(PYTHON) tests/models/towers/test_timm.py tests/models/towers/test_open_clip.py
 
 check-asan: venv
-	$(TIMED) asan 8 scripts/asan $(PYTHON) tests/ops
+	$(TIMED) asan 8 scripts/asan $(PYTHON) tests/ops tests/kernels/test_proportional_attention.py
 
 check-tsan: venv
 	$(TIMED) tsan 2 scripts/tsan $(PYTHON)

@@ -11,6 +11,7 @@
 #include "vidtok/plan_apply.h"
 #include "vidtok/pool_packed.h"
 #include "vidtok/position_remap.h"
+#include "vidtok/proportional_attention.h"
 #include "vidtok/topk_select.h"
 
 namespace {
@@ -201,6 +202,25 @@ void attention_topk(bool use_max) {
   });
 }
 
+void proportional_attention(DType dtype, const char* name) {
+  const int64_t batch = 2, heads = 3, rows = 250, keys = 600, dim = 48;
+  const auto q = normal(batch * heads * rows * dim, 11), k = normal(batch * heads * keys * dim, 12);
+  const auto v = normal(batch * heads * keys * dim, 13), bias = normal(batch * keys, 14);
+  check(name, [&](int threads) {
+    std::vector<float> out(batch * rows * heads * dim);
+    vidtok::ProportionalAttentionArgs a{};
+    // Of bf16 the same memory holds twice as many numbers; half of them are used.
+    a.q = q.data(), a.k = k.data(), a.v = v.data(), a.dtype = dtype;
+    a.batch = batch, a.heads = heads, a.rows = rows, a.keys = keys, a.dim = dim;
+    a.q_stride[0] = heads * rows * dim, a.q_stride[1] = rows * dim, a.q_stride[2] = dim;
+    a.k_stride[0] = heads * keys * dim, a.k_stride[1] = keys * dim, a.k_stride[2] = dim;
+    a.v_stride[0] = heads * keys * dim, a.v_stride[1] = keys * dim, a.v_stride[2] = dim;
+    a.bias = bias.data(), a.bias_stride = keys, a.scale = 0.1f, a.out = out.data(), a.threads = threads;
+    ok(vidtok::proportional_attention(a), "proportional_attention");
+    return bytes(out);
+  });
+}
+
 // Memory may run out on any thread; the caller must learn of it.
 void exceptions() {
   for (int threads : {1, 2, 4}) {
@@ -229,6 +249,8 @@ int main() {
   bipartite(true);
   attention_topk(false);
   attention_topk(true);
+  proportional_attention(DType::f32, "proportional_attention, fp32");
+  proportional_attention(DType::bf16, "proportional_attention, bf16");
   std::printf("%d failed\n", failures);
   return failures != 0;
 }
