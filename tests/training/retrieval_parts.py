@@ -64,7 +64,12 @@ class Small(nn.Module):
         return F.normalize(self.dropout(self.words(ids) * mask[..., None]).sum(1), dim=-1)
 
     def encode_video(self, video: Tensor, mask: Tensor) -> Tensor:
+        self.seen = video[..., 0, 0]
         return F.normalize(self.dropout(self.clip(video.flatten(2))).mean(1), dim=-1)
+
+    def source_map(self) -> Tensor:
+        """Numbers by which clips, frames and places can be told."""
+        return self.seen.flatten(0, 1).mul(1000).round().long()
 
     def forward(self, ids: Tensor, types: Tensor, mask: Tensor, video: Tensor, video_mask: Tensor) -> Tensor:
         text, clips = gather(self.encode_text(ids, mask)), gather(self.encode_video(video, video_mask))
@@ -109,8 +114,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def scores(model: nn.Module, data: TrainingPairs, accelerator: Any = None) -> dict[str, Any]:
     """Of 8 clips in batches of 3: two processes have to fill up."""
-    found = evaluate(model, EvaluationClips(data.pairs, data.frames), data.words, batch_size=3, accelerator=accelerator)
-    return {k: v.as_dict() for k, v in found.items() if hasattr(v, "as_dict")}
+    clips = EvaluationClips(data.pairs, data.frames)
+    found = evaluate(model, clips, data.words, batch_size=3, accelerator=accelerator, sources=True)
+    place = torch.arange(1, 1 + found["sources"].numel()).view_as(found["sources"])
+    sources = {"clips": len(found["clips"]), "sum": int((place * found["sources"]).sum())}
+    return {"sources": sources, **{k: v.as_dict() for k, v in found.items() if hasattr(v, "as_dict")}}
 
 
 def process(folder: str) -> None:
