@@ -26,11 +26,12 @@ Status proportional_attention(const ProportionalAttentionArgs& a) {
   const int64_t floats = kernel.workspace(a.dtype, a.keys, a.dim);
   // Heads are cut where they do not keep the threads busy. A row comes out the same whatever the cuts are.
   int64_t parts = 1;
-  while (heads * parts < 2 * a.threads && (a.rows + parts) / (parts + 1) >= kLeastRows) ++parts;
+  while (a.threads > 1 && heads * parts < 2 * a.threads && (a.rows + parts) / (parts + 1) >= kLeastRows) ++parts;
   const int64_t bytes = 4 * heads * (a.rows * a.keys + (a.rows + a.keys) * a.dim);
   std::atomic<int64_t> next{0};
   std::atomic<bool> short_of_memory{false};
-  parallel(threads_for(a.threads, bytes), [&](int, int) {
+  const int threads = heads * parts < a.threads ? int(heads * parts) : a.threads;
+  parallel(threads_for(threads, bytes), [&](int, int) {
     const std::unique_ptr<float[], Free> workspace(
         static_cast<float*>(::operator new[](size_t(floats) * sizeof(float), std::align_val_t(64), std::nothrow)));
     if (!workspace) {

@@ -42,7 +42,8 @@ def test_forms_weigh_by_size(form, dtype, there, monkeypatch):
     vectors(monkeypatch, there)
     qkv, size = parts(dtype)
     want = expected(qkv, size, 0.2)
-    got = attention.FORMS[form](attention.sdpa, *qkv, size, None, 0.2)
+    with torch.no_grad():
+        got = attention.FORMS[form](attention.sdpa, *qkv, size, None, 0.2)
     assert got.dtype == dtype
     assert (got - want).abs().max() < NEAR[dtype]
     assert (got - expected(qkv, torch.ones_like(size), 0.2)).abs().max() > 0.2
@@ -53,34 +54,45 @@ def test_what_the_compiled_kernel_serves(monkeypatch):
     vectors(monkeypatch)
     (q, k, v), size = parts(torch.bfloat16)
     mask = size.log().to(q.dtype)[:, None, None]
-    assert attention.serves(q, k, v, mask)
-    assert attention.serves(q, k, v, None)
-    assert attention.serves(q.float(), k.float(), v.float(), mask.float())
-    assert not attention.serves(q, k, v, mask.expand(-1, -1, q.shape[2], -1))
-    assert not attention.serves(q, k, v, mask > 0)
-    assert not attention.serves(q, k[:, :1], v[:, :1], mask)
-    assert not attention.serves(q.float(), k, v, mask)
-    assert not attention.serves(q, k, v[..., :8], mask)
-    assert not attention.serves(q, k, v.transpose(2, 3).contiguous().transpose(2, 3), mask)
-    assert not attention.serves(q.float()[:, :, :1], k.float(), v.float(), mask)
-    with torch.autocast("cpu", torch.bfloat16):
+    assert not attention.serves(q, k, v, mask)
+    with torch.inference_mode():
         assert attention.serves(q, k, v, mask)
-        assert not attention.serves(q.float(), k.float(), v.float(), mask)
-    trained = q.clone().requires_grad_()
-    assert not attention.serves(trained, k, v, mask)
     with torch.no_grad():
-        assert attention.serves(trained, k, v, mask)
+        assert attention.serves(q, k, v, mask)
+        assert attention.serves(q, k, v, None)
+        assert attention.serves(q, k, v, mask.float())
+        assert attention.serves(q.float(), k.float(), v.float(), mask.float())
+        assert not attention.serves(q, k, v, mask.expand(-1, -1, q.shape[2], -1))
+        assert not attention.serves(q, k, v, mask > 0)
+        assert not attention.serves(q, k, v, mask.double())
+        assert not attention.serves(q, k, v, mask.to("meta"))
+        assert not attention.serves(q, k.to("meta"), v.to("meta"), mask)
+        assert not attention.serves(q, k[:, :1], v[:, :1], mask)
+        assert not attention.serves(q.float(), k, v, mask)
+        assert not attention.serves(q, k, v[..., :8], mask)
+        assert not attention.serves(q, k, v.transpose(2, 3).contiguous().transpose(2, 3), mask)
+        assert not attention.serves(q.float()[:, :, :1], k.float(), v.float(), mask)
+        assert not attention.serves(torch._neg_view(q), k, v, mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert attention.serves(q, k, v, mask)
+            assert not attention.serves(q.float(), k.float(), v.float(), mask)
+        with sdpa_kernel(SDPBackend.MATH):
+            assert not attention.serves(q, k, v, mask)
+        with select.use_backend("reference"):
+            assert not attention.serves(q, k, v, mask)
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *_, **__: None)
+        assert not attention.serves(q, k, v, mask)
+        monkeypatch.undo()
+        vectors(monkeypatch, False)
+        assert not attention.serves(q, k, v, mask)
+    trained = q.clone().requires_grad_()
     attention.with_mask(attention.sdpa, trained, k, v, size, None, 0.25).sum().backward()
     assert trained.grad.abs().sum() > 0
-    with select.use_backend("reference"):
-        assert not attention.serves(q, k, v, mask)
-    vectors(monkeypatch, False)
-    assert not attention.serves(q, k, v, mask)
 
 
 @native
 def test_who_watches_sees_pytorchs_operators(monkeypatch):
-    """A counter of operations, a function transform and forward gradients: all find what they would miss otherwise."""
+    """Counters of operations, tracers, function transforms, forward gradients: they find what they would miss."""
     vectors(monkeypatch)
     (q, k, v), size = parts(torch.float32)
     bias = size.log()[:, None, None]
@@ -88,9 +100,15 @@ def test_who_watches_sees_pytorchs_operators(monkeypatch):
     def attend(q):
         return attention.sdpa(q, k, v, bias, 0.25)
 
-    want = attend(q)
-    # The one form of PyTorch's that has forward gradients and is counted on a CPU.
-    with sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad():
+        want = attend(q)
+        traced = torch.jit.trace(attend, q, check_trace=False)
+        assert (traced(q) - want).abs().max() < 1e-5
+        assert (traced(-q) - attend(-q)).abs().max() < 1e-5
+    # The one form of PyTorch's that has forward gradients and is counted on a CPU, though it alone would be enough to
+    # keep the kernel from serving.
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: True)
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             attend(q)
         changed, tangent = torch.func.jvp(attend, (q,), (torch.ones_like(q),))
@@ -100,7 +118,7 @@ def test_who_watches_sees_pytorchs_operators(monkeypatch):
         each = torch.func.vmap(lambda one: attention.sdpa(one[None], k[:1], v[:1], bias[:1], 0.25))(q[:1])
     assert counter.get_total_flops() == 4 * q.numel() * k.shape[2]
     assert (changed - want).abs().max() < 1e-5 and tangent.abs().max() > 0.1
-    assert (got - tangent).abs().max() < 1e-4
+    assert got is not None and (got - tangent).abs().max() < 1e-4
     assert (each[0] - want[:1]).abs().max() < 1e-5
 
 
@@ -108,9 +126,10 @@ def test_who_watches_sees_pytorchs_operators(monkeypatch):
 def test_sdpa_takes_the_compiled_kernel(monkeypatch):
     vectors(monkeypatch)
     (q, k, v), size = parts(torch.float32)
-    want = attention.compiled(q, k, v, size.log()[:, None, None], 0.25)
-    assert torch.equal(attention.with_mask(attention.sdpa, q, k, v, size, None, 0.25), want)
-    hidden = torch.ones(2, 1, 1, 37, dtype=torch.bool)
-    hidden[:, :, :, 5:] = False
-    got = attention.with_mask(attention.sdpa, q, k, v, size, hidden, 0.25)
+    with torch.no_grad():
+        want = attention.compiled(q, k, v, size.log()[:, None, None], 0.25)
+        assert torch.equal(attention.with_mask(attention.sdpa, q, k, v, size, None, 0.25), want)
+        hidden = torch.ones(2, 1, 1, 37, dtype=torch.bool)
+        hidden[:, :, :, 5:] = False
+        got = attention.with_mask(attention.sdpa, q, k, v, size, hidden, 0.25)
     assert (got - expected((q, k[:, :, :5], v[:, :, :5]), size[:, :5], 0.25)).abs().max() < 1e-5

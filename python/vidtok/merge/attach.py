@@ -95,8 +95,8 @@ class Merging:
         if run is None or run.next != index:
             raise ValueError(self._order(index, "first" if run is None or not run.next else f"after {run.next - 1}"))
         run.next = index + 1
-        # Also under no_grad: so it is inside a reentrant checkpoint.
-        run.trained = run.trained or x.requires_grad
+        # The first also under no_grad: so it is inside a reentrant checkpoint.
+        run.trained = run.trained or x.requires_grad or self.blocks[index].training
         remember(x, self, run)
         return run
 

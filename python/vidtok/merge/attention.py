@@ -59,6 +59,7 @@ def choose(form: str, device: torch.device, flash: bool) -> str:
     return "mask" if device.type == "cpu" else "channel"
 
 
+_FUSED = F.scaled_dot_product_attention
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -75,12 +76,21 @@ def _amx() -> bool:
 
 
 def _watched() -> bool:
-    # Counters of operations, fake tensors, function transforms and forward gradients see PyTorch's operators only.
+    # Counters of operations, fake tensors, tracers, function transforms and forward gradients see PyTorch's operators
+    # only, and so do those who put a function of their own in its place or turn its fused forms off.
     return bool(
         torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
+        or F.scaled_dot_product_attention is not _FUSED
+        or not torch.backends.cuda.flash_sdp_enabled()
     )
+
+
+def _plain(t: Tensor) -> bool:
+    """Whether the data of a tensor are what its type and strides say."""
+    return type(t) is Tensor and t.device.type == "cpu" and not t.is_neg() and not t._is_zerotensor()
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
@@ -89,20 +99,18 @@ def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     It takes ``[B, H, N, D]`` of one shape but for the queries' N on a CPU, a mask of keys ``[B or 1, 1, 1, M]`` to be
     added or none, and gives no gradients.
     """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not select.state.native:
+        return False
+    if not (_plain(q) and _plain(k) and _plain(v)) or _watched():
+        return False
     dtype = q.dtype
     return (
-        q.device.type == "cpu"
-        and select.state.native
-        and not torch.compiler.is_compiling()
-        and not _watched()
-        and type(q) is type(k) is type(v) is Tensor
-        and dtype in _DTYPES
+        dtype in _DTYPES
         and k.dtype == v.dtype == dtype
         and q.dim() == 4
         and k.shape == v.shape
         and (q.shape[0], q.shape[1], q.shape[3]) == (k.shape[0], k.shape[1], k.shape[3])
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
-        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         and (mask is None or _of_keys(mask, k))
         # A row or two are not worth packing their keys.
         and (q.shape[2] > 2 or dtype != torch.float32)
@@ -116,8 +124,8 @@ def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 def _of_keys(mask: Tensor, k: Tensor) -> bool:
     shape = mask.shape
     return (
-        mask.is_floating_point()
-        and not mask.requires_grad
+        _plain(mask)
+        and mask.dtype in (k.dtype, torch.float32)
         and mask.dim() == 4
         and shape[0] in (1, k.shape[0])
         and shape[1] == shape[2] == 1

@@ -100,7 +100,7 @@ def broken_count(batch, frames):
     def attend_video(self, attn, query, keys, size, step):
         (q,) = attn.split(query)
         k, v = attn.split(keys.view(batch, -1, keys.shape[-1]))
-        return attn.join(ours.sized(q, k, v, None if size is None else size.view(batch, -1), step))
+        return attn.join(self.sized(q, k, v, None if size is None else size.view(batch, -1), step))
 
     return attend_video
 
@@ -118,18 +118,18 @@ def test_prompts_of_the_video_count_once(monkeypatch):
 def test_sizes_weigh_in_both_attentions(part, monkeypatch):
     model = make(layers=4)
     model.set_tome([6, 3, 2, 0])
-    video, real = clips(1), ours.sized
+    video, real = clips(1), ours.Stop.sized
 
-    def without(q, k, v, size, step):
+    def without(self, q, k, v, size, step):
         of_video = q.shape[2] == model.config.global_prompts or q.shape[2] == 1
         if size is not None and of_video == (part == "video"):
             size = None if part == "frame" else torch.where(size < 1, size, torch.ones_like(size))
-        return real(q, k, v, size, step)
+        return real(self, q, k, v, size, step)
 
     want = tower(model, video[0], [6, 3, 2, 0])[0]
     with torch.no_grad():
         close(model.stop(model.clip.visual, video, model.tome)[0][0], want)
-        monkeypatch.setattr(ours, "sized", without)
+        monkeypatch.setattr(ours.Stop, "sized", without)
         got = model.stop(model.clip.visual, video, model.tome)[0][0]
     assert (got - want).norm() > 1e-3 * want.norm()
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vidtok.merge.attention import compiled, serves
@@ -119,7 +120,7 @@ def sized_attention(
     fused = implementation == "sdpa" and attention_mask is None and not kwargs.get("dropout")
     fused = fused and kwargs.get("softcap") is None and kwargs.get("position_bias") is None
 
-    fused = fused and config.step.free
+    fused = fused and config.step.free and base is sdpa_attention_forward
     # What transformers asks where there is no mask.
     causal = kwargs["is_causal"] if kwargs.get("is_causal") is not None else getattr(module, "is_causal", True)
 

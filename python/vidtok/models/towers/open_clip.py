@@ -30,7 +30,7 @@ def attention(attn: Any, x: Tensor, step: Step) -> Tensor:
         dropout = attn.dropout
     else:
         q, k, dropout = attn.ln_q(q), attn.ln_k(k), attn.attn_drop.p
-    attend = partial(fused, dropout=dropout if attn.training else 0.0, width=q.shape[-1])
+    attend = partial(fused, step=step, dropout=dropout if attn.training else 0.0, width=q.shape[-1])
     out = step.attention(q, k, v, attend=attend)
     if isinstance(attn, nn.MultiheadAttention):
         return attn.out_proj(out.transpose(1, 2).flatten(2))

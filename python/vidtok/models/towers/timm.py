@@ -61,8 +61,12 @@ def placed(rope: Tensor, place: Tensor) -> Tensor:
     return rope.expand(place.shape[0], -1, -1, -1).gather(2, index)
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, width: int) -> Tensor:
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *, step: Step, dropout: float, width: int
+) -> Tensor:
     """Fused attention as libraries call it: they leave the scale of ``width`` channels to PyTorch, which rounds it."""
+    if step.free and dropout == 0 and serves(q, k, v, mask):
+        return compiled(q, k, v, mask, scale)
     own = None if q.shape[-1] == width else scale
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=own)
 
@@ -87,9 +91,7 @@ def attention(attn: Any, x: Tensor, step: Step, mask: Any = None, is_causal: boo
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         if attn.fused_attn:
             dropout = attn.attn_drop.p if attn.training else 0.0
-            if step.free and dropout == 0 and serves(q, k, v, mask):
-                return compiled(q, k, v, mask, scale)
-            return fused(q, k, v, mask, scale, dropout, attn.head_dim)
+            return fused(q, k, v, mask, scale, step=step, dropout=dropout, width=attn.head_dim)
         weight = (q * scale) @ k.transpose(-2, -1)
         if mask is not None:
             weight = weight.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else weight + mask

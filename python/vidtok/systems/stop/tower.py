@@ -110,7 +110,7 @@ class Stop(nn.Module):
         if step is not None:
             step.note(k[:, :, before:], v[:, :, before:])
         size = sizes(step, x.shape[0], g.shape[1], *prompts.shape[1:3])
-        x = x + attn.join(sized(q, k, v, size, step))
+        x = x + attn.join(self.sized(q, k, v, size, step))
         return g + self.attend_video(attn, gs[..., :width], keys, size, step), x
 
     def attend_last(self, block: Block, g: Tensor, x: Tensor, prompts: Tensor, step: Step | None) -> Tensor:
@@ -152,13 +152,14 @@ class Stop(nn.Module):
             count = count * size.view(batch, -1)
         (q,) = attn.split(query)
         k, v = attn.split(keys.view(batch, -1, keys.shape[-1]))
-        return attn.join(sized(q, k, v, count, step))
+        return attn.join(self.sized(q, k, v, count, step))
 
-
-def sized(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, step: Step | None) -> Tensor:
-    """Attention whose keys weigh by size."""
-    scale = 1 / math.sqrt(q.shape[-1])
-    if size is None:
-        return attention.sdpa(q, k, v, None, scale)
-    form = attention.choose("auto" if step is None else step.run.options.form, q.device, False)
-    return attention.FORMS[form](attention.sdpa, q, k, v, size, None, scale)
+    def sized(self, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, step: Step | None) -> Tensor:
+        """Attention whose keys weigh by size."""
+        scale = 1 / math.sqrt(q.shape[-1])
+        # In training a checkpoint may run a layer without gradients and then with them, and must merge alike.
+        attend = attention.plain if self.training else attention.sdpa
+        if size is None:
+            return attend(q, k, v, None, scale)
+        form = attention.choose("auto" if step is None else step.run.options.form, q.device, False)
+        return attention.FORMS[form](attend, q, k, v, size, None, scale)
