@@ -117,7 +117,8 @@ def tally(rows: list[str], column: int) -> str:
     said = [row.split("|")[column].strip() for row in rows[2:]]
     ahead, level = sum(t.startswith("ToMe") for t in said), sum(t.startswith("tie") for t in said)
     behind = sum(t.startswith("**") for t in said)
-    return f"merging is ahead in {ahead} rows, level in {level} and behind in {behind}"
+    total = ahead + level + behind
+    return f"merging is ahead in {ahead} of {total} rows, level in {level} and behind in {behind}"
 
 
 def block(path: Path = CSV) -> str:
