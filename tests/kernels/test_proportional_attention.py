@@ -11,13 +11,9 @@ from hypothesis import strategies as st
 
 from tests.conftest import usable_isas
 from tests.guard import guarded, poisoned_allocation
-from vidtok.kernels import select
-
-if not select.holds("proportional_attention"):
-    pytest.skip("needs the compiled extension", allow_module_level=True)
-
-from vidtok import _C
 from vidtok.kernels.native.proportional_attention import proportional_attention
+
+_C = pytest.importorskip("vidtok._C", reason="needs the compiled extension")
 
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
