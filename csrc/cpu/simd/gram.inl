@@ -1,5 +1,6 @@
 // Packed dot products for one instruction set.
 #include "cpu/gram.h"
+#include "cpu/simd/words.h"
 
 namespace vidtok {
 namespace VIDTOK_ISA {
@@ -15,40 +16,11 @@ constexpr int kPanel = 8, kRows = 4;
 constexpr int kGroup = 3;
 constexpr int64_t kPanelWords = kGramBlock * kPanel;
 
-#ifdef VIDTOK_BF16_DOT
-constexpr bool kBf16Dot = true;
-#else
-constexpr bool kBf16Dot = false;
-#endif
-
-VIDTOK_INLINE bool pairs(DType dtype) { return kBf16Dot && dtype == DType::bf16; }
-
 int64_t words(DType dtype, int64_t c) { return pairs(dtype) ? (c + 1) / 2 : c; }
 
 VIDTOK_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// acc + a·b; of pairs, both products.
-template <bool kPairs>
-VIDTOK_INLINE vec dot(vec a, vec b, vec acc) {
-#ifdef VIDTOK_BF16_DOT
-  if (kPairs) return {_mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
-#endif
-  return fma(a, b, acc);
-}
-
 // ---------------------------------------------------------------- packing
-
-// n words from row p, `channels` of them real.
-template <class T, bool kPairs>
-VIDTOK_INLINE vec load_words(const T* p, int64_t channels) {
-#ifdef VIDTOK_BF16_DOT
-  if (kPairs) {
-    if (channels >= 32) return {_mm512_loadu_ps(reinterpret_cast<const float*>(p))};
-    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << channels) - 1), p))};
-  }
-#endif
-  return channels >= kWidth ? load(p) : load(p, int(channels));
-}
 
 #if VIDTOK_WIDTH == 16
 VIDTOK_INLINE void transpose(vec (&r)[16]) {

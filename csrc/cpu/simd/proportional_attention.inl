@@ -6,6 +6,7 @@
 #include "cpu/proportional_attention.h"
 #include "cpu/simd/exp.h"
 #include "cpu/simd/transpose.h"
+#include "cpu/simd/words.h"
 
 namespace vidtok {
 namespace VIDTOK_ISA {
@@ -23,12 +24,6 @@ constexpr int kRows = 4, kVectors = 4;
 constexpr int64_t kColumns = kVectors * kWidth;
 // Query rows and keys of one block of scores, which stays in cache.
 constexpr int64_t kBlockRows = 24, kBlockKeys = 512;
-
-#ifdef VIDTOK_BF16_DOT
-constexpr bool kBf16Dot = true;
-#else
-constexpr bool kBf16Dot = false;
-#endif
 
 VIDTOK_INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 VIDTOK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -64,15 +59,6 @@ struct Sizes {
     return keys_floats() + values_floats() + bias_floats() + query_floats() + score_floats() + sum_floats();
   }
 };
-
-// acc + a·b; of pairs, both products.
-template <bool kPairs>
-VIDTOK_INLINE vec dot(vec a, vec b, vec acc) {
-#ifdef VIDTOK_BF16_DOT
-  if (kPairs) return {_mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
-#endif
-  return fma(a, b, acc);
-}
 
 // c = (c +) a·b for kRows rows of `words` words and NV vectors of columns.
 template <int NV, bool kPairs>
@@ -123,18 +109,6 @@ void products(const float* a, int64_t lda, int64_t rows, const float* b, int64_t
 }
 
 // ---------------------------------------------------------------- packing
-
-// kWidth words of a row, of which `channels` numbers are there.
-template <class T, bool kPairs>
-VIDTOK_INLINE vec load_words(const T* p, int64_t channels) {
-#ifdef VIDTOK_BF16_DOT
-  if (kPairs) {
-    if (channels >= 32) return {_mm512_loadu_ps(reinterpret_cast<const float*>(p))};
-    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << channels) - 1), p))};
-  }
-#endif
-  return channels >= kWidth ? load(p) : load(p, int(channels));
-}
 
 template <class T, bool kPairs>
 void pack_queries(const T* q, int64_t stride, int64_t rows, int64_t dim, int64_t words, float* out) {
@@ -305,8 +279,6 @@ void head_of(const ProportionalAttentionArgs& a, int64_t batch, int64_t head, in
     }
   }
 }
-
-VIDTOK_INLINE bool pairs(DType dtype) { return kBf16Dot && dtype == DType::bf16; }
 
 int64_t workspace(DType dtype, int64_t keys, int64_t dim) {
   return pairs(dtype) ? Sizes<kBf16Dot>(keys, dim).total() : Sizes<false>(keys, dim).total();
